@@ -38,9 +38,9 @@ class Shrinking:
         """A node comes, in the background."""
         self.joined.append(self.job.join())
 
-    def shrinks_and_grows(self, ranks: int, spares: int) -> None:
-        """Node 1 of so many ranks is lost, and another one joins, so that there are ``spares``; to the job's end."""
-        self.lose_node_1(ranks)
+    def shrinks_and_grows(self, spares: int) -> None:
+        """Node 1 is lost, and another one joins, so that there are ``spares``; to the job's end."""
+        self.lose_node_1()
         self.job.until_event("shrunk")
         self.join()
         self.job.until("the spares", lambda: len(self.job.events("parked")) == spares)
@@ -54,15 +54,10 @@ class Shrinking:
         self.job.finished(300)
         assert {process.wait() for process in self.joined} <= {Exit.OK, Exit.FAILED}  # those that were lost
 
-    def lose_node_1(self, ranks: int) -> None:
-        """With its iteration 2, of so many ranks; the others go on to the begin of iteration 4."""
+    def lose_node_1(self) -> None:
+        """With its iteration 2; the others go on to the begin of iteration 4."""
         self.job.arm((1, 2, 2), until=1)
-        self.described(ranks)
         self.job.hold(4)
-
-    def described(self, ranks: int) -> None:
-        """Until a lost node's shards can be written by another one, of so many ranks."""
-        self.job.until("layouts", lambda: len(list(self._store.glob(f"layouts/*-of-{ranks}.json"))) == ranks)
 
     def from_the_same(self, event: dict[str, Any]) -> Job:
         """A run of that width that begins with that generation."""

@@ -20,16 +20,18 @@ from .format import (
     directory_name,
     not_fit,
     settings_note,
+    split_small,
+    trailer_of,
 )
 from .lease import Lease, this_process
 from .loading import load_constants, load_shards
-from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
+from .orders import Answer, Cancel, Done, Drain, Seal, Stage, Staged, Take
 from .recut import read_recut
 from .start import Survey, begin, go_on
 from .store import Store, open_store
 
-__all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "Describe", "Done", "Drain", "DrainerProcess", "DurableError"]
+__all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "Done", "Drain", "DrainerProcess", "DurableError"]
 __all__ += ["Item", "Layout", "Lease", "Manifest", "NoRoom", "NotFit", "Piece", "Seal", "ShardFile", "Stage", "Staged"]
 __all__ += ["Store", "Survey", "Take", "Unreachable", "Unreadable", "begin", "differing", "directory_name", "find"]
 __all__ += ["go_on", "load_constants", "load_shards", "not_fit", "open_store", "read_constants_items", "read_items"]
-__all__ += ["read_manifest", "read_recut", "settings_note", "this_process"]
+__all__ += ["read_manifest", "read_recut", "settings_note", "split_small", "this_process", "trailer_of"]

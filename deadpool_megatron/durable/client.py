@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Unstage
+from .orders import DEAF_TO, Answer, Cancel, Done, Drain, Order, Seal, Stage, Staged, Unstage
 
 
 class DrainerProcess:
@@ -28,26 +28,25 @@ class DrainerProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()  # that its writer sends
-        self._told: dict[tuple[type, int], Stage | Describe] = {}
+        self._told: dict[int, Stage] = {}
         self._waiting: dict[tuple[str, bool], Order] = {}
         self._closed = False
 
-    def tell(self, order: Stage | Describe) -> None:
+    def tell(self, order: Stage) -> None:
         """Of a coordinate that runs here. Returns at once, as everything else here does."""
         with self._lock:
-            if self._told.get((type(order), order.rank)) == order:
+            if self._told.get(order.rank) == order:
                 return
-            self._told[type(order), order.rank] = order
+            self._told[order.rank] = order
             if self._process is not None:
                 self._orders.put(order)
             else:
                 self._start()
 
     def forget(self, rank: int) -> None:
-        """Nothing of this holder (rank, or of a rank's constants) is here any more."""
+        """Nothing of this coordinate is here any more."""
         with self._lock:
-            self._told.pop((Describe, rank), None)
-            if self._told.pop((Stage, rank), None) is not None and self._process is not None:
+            if self._told.pop(rank, None) is not None and self._process is not None:
                 self._orders.put(Unstage(rank))
 
     def give(self, order: Drain | Seal) -> None:
@@ -92,8 +91,7 @@ class DrainerProcess:
     # ---- with the lock held
 
     def _start(self, first: Drain | Seal | None = None) -> str:
-        """Why it cannot be started; empty when it is. ``first`` comes before all that needs the directory, which may
-        hang: the shards that a drain copies out have their slots held meanwhile."""
+        """Why it cannot be started; empty when it is. ``first`` comes once memory is there for what it copies out."""
         if self._closed:
             return "this node ends"
         before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)  # inherited, until the process ignores them
@@ -109,10 +107,10 @@ class DrainerProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._process, self._orders = process, queue.SimpleQueue()
-        told = self._told.values()
-        for order in [*(o for o in told if isinstance(o, Stage)), first, *(o for o in told if isinstance(o, Describe))]:
-            if order is not None:
-                self._orders.put(order)
+        for order in self._told.values():
+            self._orders.put(order)
+        if first is not None:
+            self._orders.put(first)
         try:
             threading.Thread(target=_write, args=(process, self._orders), name="drainer-orders", daemon=True).start()
             threading.Thread(target=self._listen, args=(process, self._orders), name="drainer", daemon=True).start()

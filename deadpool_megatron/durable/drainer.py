@@ -23,16 +23,15 @@ import msgspec
 from deadpool_megatron.vault import CONSTANT, Arena, ChecksumMismatch, NotHeld, Slot, Version, constants_of
 
 from .errors import Cancelled, DurableError
-from .files import prune, read_layout, remove_attempt, seal, write_constants, write_layout, write_shard
-from .format import ConstantsFile, Layout, ShardFile, generation_of
+from .files import prune, remove_attempt, seal, write_constants, write_shard
+from .format import ConstantsFile, Layout, ShardFile, generation_of, split_small
 from .lease import check_owner
-from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Take, Unstage
+from .orders import DEAF_TO, Answer, Cancel, Done, Drain, Order, Seal, Stage, Staged, Take, Unstage
 from .staging import Staging
 from .store import Store, open_store
 
 _PR_SET_PDEATHSIG = 1
 _NICE = 10
-_AGAIN_S = 5.0
 
 
 class _Pace:
@@ -67,10 +66,8 @@ class _Drainer:
         self._out = out
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._staging: dict[int, Staging] = {}
-        self._layouts: dict[int, Layout] = {}
         self._unstaged: dict[int, str] = {}
         self._cancelled: set[str] = set()
-        self._undescribed: dict[int, Describe] = {}  # of which the store has nothing yet
         self._kept: dict[str, ConstantsFile] = {}  # by arena, what the store was seen to have
         self._ranks = 0  # that the job has
 
@@ -89,20 +86,14 @@ class _Drainer:
 
     def work(self) -> None:
         """Whatever goes wrong, drivers of stores included, is an answer: a drain that is not answered is waited for."""
-        while (order := self._next()) is not None:
-            if isinstance(order, Stage | Describe | Drain):
+        while (order := self._orders.get()) is not None:
+            if isinstance(order, Stage | Drain):
                 self._of(order.ranks)
             match order:
                 case Stage():
                     self._stage(order)
                 case Unstage():
                     self._unstage(order.rank)
-                case Describe():
-                    self._undescribed[order.rank] = order
-                    with contextlib.suppress(Exception):  # it may never be needed
-                        _check(store := open_store(order.directory), order.job)
-                        write_layout(store, order.rank, order.layout, order.ranks)
-                        del self._undescribed[order.rank]
                 case Drain():
                     self._drain(order)
                 case Seal():
@@ -115,18 +106,11 @@ class _Drainer:
                             _check(store, order.job)
                             remove_attempt(store, order.name)
 
-    def _next(self) -> Order | None:
-        """Beside them, what a store that was full or away did not take is tried again."""
-        try:
-            return self._orders.get(timeout=_AGAIN_S if self._undescribed else None)
-        except queue.Empty:
-            return self._undescribed.pop(next(iter(self._undescribed)))  # in turn
-
     def _of(self, ranks: int) -> None:
         """The job has so many ranks now: what is known of those of another number is of no use."""
         if ranks != self._ranks:
             self._ranks = ranks
-            for known in (self._staging, self._layouts, self._unstaged, self._undescribed, self._kept):
+            for known in (self._staging, self._unstaged, self._kept):
                 known.clear()
 
     def _tell(self, answer: Answer) -> None:
@@ -142,11 +126,10 @@ class _Drainer:
                 self._staging[order.rank] = Staging(order.rank, order.nbytes)
             except Exception as err:  # noqa: BLE001 - see `work`
                 self._unstaged[order.rank] = _one_line(err)
-        self._layouts[order.rank] = order.layout
 
     def _unstage(self, rank: int) -> None:
-        for known in (self._staging, self._layouts, self._unstaged, self._undescribed):
-            known.pop(rank, None)
+        self._staging.pop(rank, None)
+        self._unstaged.pop(rank, None)
 
     def _drain(self, order: Drain) -> None:
         error, unusable = "", -1
@@ -177,7 +160,7 @@ class _Drainer:
             if generation is None:
                 raise DurableError(f"{order.name} is no name of a generation")
             for take, staging in zip(order.shards, ready, strict=True):
-                layout = self._layout(store, take.rank)
+                small, layout = described(staging.small, take.rank)
                 shard = write_shard(
                     store,
                     order.name,
@@ -185,7 +168,7 @@ class _Drainer:
                     generation,
                     layout,
                     staging.unique,
-                    staging.small,
+                    small,
                     moved,
                     staging.verify,
                 )
@@ -209,26 +192,17 @@ class _Drainer:
         staging.take(take.path, Version(take.epoch, take.generation))
         return staging
 
-    def _layout(self, store: Store, rank: int) -> Layout:
-        if rank not in self._layouts:
-            try:
-                self._layouts[rank] = read_layout(store, rank, self._ranks)
-            except OSError:
-                raise DurableError(f"rank {rank} has not told what its shard consists of") from None
-        return self._layouts[rank]
-
     def _constants(self, store: Store, take: Take, moved: Callable[[int], None]) -> ConstantsFile | None:
         """Written once: what never changes need not be staged, nor looked at again. Raises ChecksumMismatch."""
-        if take.constants is None:
+        if not take.constants:
             return None
-        path, layout = take.constants
-        layout = layout or read_layout(store, constants_of(take.rank), self._ranks)
-        known = self._kept.get(path)
+        known = self._kept.get(take.constants)
         if known is None or store.size(known.path) != known.nbytes:
-            arena = Arena.attach(path)
+            arena = Arena.attach(take.constants)
             try:
                 slot = constants_in(arena, take.rank)
-                known = self._kept[path] = write_constants(store, layout, slot.unique, moved)
+                _, layout = described(bytes(slot.small[: slot.small_bytes]), take.rank)
+                known = self._kept[take.constants] = write_constants(store, layout, slot.unique, moved)
             finally:
                 arena.close()
         return known
@@ -250,6 +224,14 @@ class _Drainer:
         except Exception as err:  # noqa: BLE001 - see `work`
             problems = [f"old generations in {store.root} could not be removed: {err}"]
         self._tell(Done(name, True, problems=tuple(problems)))
+
+
+def described(small: bytes, rank: int) -> tuple[bytes, Layout]:
+    """The small state of a copy, and what the copy consists of. Raises DurableError."""
+    state, layout = split_small(small)
+    if layout is None:
+        raise DurableError(f"rank {rank}'s copy does not say what it consists of")
+    return state, layout
 
 
 def constants_in(arena: Arena, rank: int) -> Slot:

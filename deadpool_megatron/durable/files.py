@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import xxhash
 
 from .errors import Damaged, DurableError
@@ -23,7 +22,6 @@ from .format import (
     encode_manifest,
     generation_of,
     header_length,
-    layout_name,
     parse_header,
     shard_name,
 )
@@ -145,21 +143,6 @@ def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> boo
     except OSError as err:
         raise OSError(f"{store.root}/{file.path} cannot be read: {err}") from None
     return told.hex == file.xxh3_128
-
-
-def write_layout(store: Store, holder: int, layout: Layout, ranks: int = 0) -> None:
-    """Keep what a rank's shard, or a holder's constants, consist of; of the newest job of so many. Raises OSError."""
-    _write(store, layout_name(holder, ranks), [msgspec.json.encode(layout)])
-
-
-def read_layout(store: Store, holder: int, ranks: int = 0) -> Layout:
-    """What `write_layout` has written. Raises OSError, Damaged."""
-    name = layout_name(holder, ranks)
-    with contextlib.closing(store.open(name)) as f:
-        try:
-            return msgspec.json.decode(f.read(), type=Layout)
-        except msgspec.MsgspecError as err:
-            raise Damaged(f"{store.root}/{name} is damaged: {err}") from None
 
 
 def _write(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,7 +28,6 @@ from .errors import Damaged
 FORMAT: Final = "deadpool-durable/1"
 MANIFEST: Final = "manifest.json"
 CONSTANTS: Final = "constants"
-LAYOUTS: Final = "layouts"
 SMALL: Final = "deadpool.small_state"
 _MAX_HEADER: Final = 100_000_000  # as the safetensors library has it
 _NAME: Final = re.compile(r"generation-(\d{12})-[A-Za-z0-9]+-\d+")
@@ -166,11 +166,6 @@ def generation_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def layout_name(holder: int, ranks: int = 0) -> str:
-    """Where it is kept what the shard of a rank, or a holder's constants, consist of, in a job of so many ranks."""
-    return f"{LAYOUTS}/{holder}{f'-of-{ranks}' if ranks else ''}.json"
-
-
 def shard_name(rank: int) -> str:
     """The file of one coordinate."""
     return f"rank-{rank:05d}.safetensors"
@@ -206,6 +201,29 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     if any(shard.file != shard_name(shard.rank) for shard in manifest.shards):
         raise Damaged(f"{where} names files that no shard has")
     return manifest
+
+
+# ---- one shard in memory
+
+_TRAILER: Final = b"\0deadpool-layout"
+
+
+def trailer_of(layout: Layout) -> bytes:
+    """What follows the small state of a copy in memory, so that whoever holds the copy knows what it consists of."""
+    packed = zlib.compress(msgspec.json.encode(layout))
+    return packed + len(packed).to_bytes(4, "little") + _TRAILER
+
+
+def split_small(stored: bytes) -> tuple[bytes, Layout | None]:
+    """The small state, and the layout of `trailer_of` behind it; None where there is none. Raises Damaged."""
+    if not stored.endswith(_TRAILER):
+        return stored, None
+    end = len(stored) - len(_TRAILER) - 4
+    begin = end - int.from_bytes(stored[end : end + 4], "little")
+    try:
+        return stored[:begin], msgspec.json.decode(zlib.decompress(stored[begin:end]), type=Layout)
+    except (zlib.error, msgspec.MsgspecError) as err:
+        raise Damaged(f"what a shard consists of cannot be read: {err}") from None
 
 
 # ---- one shard's file

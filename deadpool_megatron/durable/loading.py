@@ -9,7 +9,7 @@ from deadpool_megatron.vault import CONSTANT, Slot, Vault, VaultError, Version, 
 
 from .errors import DurableError, NoRoom, Unreachable
 from .files import find, read_constants, read_manifest, read_shard
-from .format import Manifest, ShardHeader
+from .format import Manifest, ShardHeader, trailer_of
 from .store import Store
 
 
@@ -86,17 +86,25 @@ def _load(
         return
 
     def fill(open_slot: Callable[[int, int], Slot], check: Callable[[], None]) -> int:
+        trailer, rest = b"", memoryview(b"")
+
         def place(header: ShardHeader) -> tuple[memoryview, memoryview]:
+            nonlocal trailer, rest
             # (a damaged file may have had memory of a wrong size made for it: nothing is in that)
             there = vault.arena(holder, "own")
             wrong = there is not None and there.info.unique_bytes != header.layout.unique_bytes
             if there is not None and wrong and not any(slot.complete for slot in there.slots):
                 vault.drop(holder, "own")
-            slot = open_slot(header.layout.unique_bytes, capacity(header.small_bytes))
-            if header.small_bytes > len(slot.small):
+            trailer = trailer_of(header.layout)
+            nbytes = header.small_bytes + len(trailer)
+            slot = open_slot(header.layout.unique_bytes, capacity(nbytes))
+            if nbytes > len(slot.small):
                 raise DurableError(f"the small state of rank {holder} does not fit its arena")
+            rest = slot.small[header.small_bytes : nbytes]
             return slot.unique, slot.small[: header.small_bytes]
 
-        return read(place, check).small_bytes
+        small_bytes = read(place, check).small_bytes
+        rest[:] = trailer
+        return small_bytes + len(trailer)
 
     store_shard(vault, holder, epoch, version, fill)

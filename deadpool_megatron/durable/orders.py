@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from .format import Layout, Manifest, ShardFile
+from .format import Manifest, ShardFile
 
 # A batch system's signals go to every process of the job; the agent ends its drainer when it is time.
 DEAF_TO: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -18,14 +18,13 @@ class _Record(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Stage(_Record, frozen=True):
-    """A coordinate lives on this node: make its staging memory (``nbytes``) and remember its layout.
+    """A coordinate lives on this node: make its staging memory (``nbytes``).
 
     ``ranks``: how many the job has, in this and other orders; shards of another number are others.
     """
 
     rank: int
     nbytes: int
-    layout: Layout
     ranks: int = 0
 
 
@@ -35,31 +34,17 @@ class Unstage(_Record, frozen=True):
     rank: int
 
 
-class Describe(_Record, frozen=True):
-    """Keep in ``directory`` what a shard, or constants, consist of: if its node is lost, another one may write it.
-
-    ``job`` as in `Drain`.
-    """
-
-    directory: str
-    rank: int
-    layout: Layout
-    job: str = ""
-    ranks: int = 0
-
-
 class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One coordinate to be drained: the arena file, and the version in it.
 
-    ``constants``: the arena file and the layout of what never changes; None where there is none. What has no layout
-    here was described by another node (`Describe`).
+    ``constants``: the arena file of what never changes; empty where there is none.
     """
 
     rank: int
     path: str
     epoch: int
     generation: int
-    constants: tuple[str, Layout | None] | None = None
+    constants: str = ""
 
 
 class Drain(_Record, frozen=True):
@@ -94,7 +79,7 @@ class Cancel(_Record, frozen=True):
     job: str = ""
 
 
-Order = Stage | Unstage | Describe | Drain | Seal | Cancel
+Order = Stage | Unstage | Drain | Seal | Cancel
 
 
 class Staged(_Record, frozen=True):

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.durable import split_small
 from deadpool_megatron.megatron.host import Call, Fields
 from deadpool_megatron.snapshot import capture_host_rng, decode, restore_host_rng
 from deadpool_megatron.vault import SlotWriter, Version
@@ -75,7 +76,7 @@ def _saved_args(at: r.Generation | bytes) -> dict[str, Any]:
         small = at
     else:
         writer = SlotWriter(at.path)
-        small, _ = writer.read(Version(at.version_epoch, at.generation))
+        small, _ = split_small(writer.read(Version(at.version_epoch, at.generation))[0])
         writer.close()
     saved: dict[str, Any] = decode(small)["args"]
     return saved

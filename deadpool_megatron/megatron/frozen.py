@@ -59,6 +59,7 @@ class Frozen:
             )
         self.plan = ShardPlan(frozen, slice_bytes)
         self._writer: ConstantsWriter | None = None
+        self._trailer = b""
         self._tries = 0
         sets = (
             (group, [(name, p) for name, p in frozen if getattr(p, "allreduce", True) is dense])
@@ -86,13 +87,13 @@ class Frozen:
             out.append(state.intdigest())
         self.digests = out
 
-    def use(self, writer: ConstantsWriter) -> None:
-        """The memory that they have in the own vault."""
-        self._writer = writer
+    def use(self, writer: ConstantsWriter, trailer: bytes) -> None:
+        """The memory that they have in the own vault; ``trailer`` tells what they consist of (`durable.trailer_of`)."""
+        self._writer, self._trailer = writer, trailer
 
     def keep(self) -> None:
         """Write them to the own vault, which sends them on, unless they are there. Blocks for the copying."""
-        slot = self._writer.begin() if self._writer is not None else None
+        slot = self._writer.begin(self._trailer) if self._writer is not None else None
         if self._writer is None or slot is None:
             return
         with torch.no_grad():

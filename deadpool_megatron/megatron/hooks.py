@@ -191,7 +191,7 @@ class Hooks:
             # All groups of the job are there: they can form while the model is built and the lost shard comes.
             self.session.stand_by(torch.distributed.get_rank())
         if self.config.durable_dir:
-            self.session.describe("job", torch.distributed.get_rank(), describe_job(self.host.args))
+            self.session.describe(torch.distributed.get_rank(), describe_job(self.host.args))
 
     def open_outlet(self, call: Call) -> None:
         """A writer or a logger is made, with a file or a service behind it: who rehearses has none."""

@@ -22,6 +22,7 @@ from deadpool_megatron.cluster.agent.workers import MUSTER_FD
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.durable import Layout, split_small, trailer_of
 from deadpool_megatron.megatron.at_rest import AtRest
 from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequal
 from deadpool_megatron.megatron.description import layout_of
@@ -115,15 +116,15 @@ class MegatronTrainer:
             f"{len(self._plan.segments)} pieces; {self._expected:,} by the arithmetic",
             flush=True,
         )
-        if config.durable_dir:
-            self._layout = layout_of(self._plan, pieces_of(model, optimizer))
-            session.describe("layout", self.rank, _json(self._layout))
-            if self._frozen:
-                session.describe("constants", self.rank, _json(layout_of(self._frozen.plan)))
-        self._writer = SlotWriter(self._memory(self.rank, self._plan.nbytes, len(self._small)), doorbell)
+        described = bool(config.durable_dir) or config.when_out_of_spares == "shrink"
+        self._layout = layout_of(self._plan, pieces_of(model, optimizer) if described else {})
+        self._trailer = trailer_of(self._layout) if described else b""
+        self._writer = SlotWriter(self._memory(self.rank, self._layout, len(self._stored)), doorbell)
         if self._frozen:
-            path = self._memory(constants_of(self.rank), self._frozen.plan.nbytes, 0)
-            self._frozen.use(ConstantsWriter(path, doorbell))
+            constants = layout_of(self._frozen.plan)
+            trailer = trailer_of(constants) if described else b""
+            path = self._memory(constants_of(self.rank), constants, len(trailer))
+            self._frozen.use(ConstantsWriter(path, doorbell), trailer)
         self._engine: CopyEngine = CudaCopyEngine() if _on_device() else HostCopyEngine()
         self._snapshotter = Snapshotter(self._plan, self._writer, self._engine, Pacing(config.copy_bandwidth))
         self._links = Links(model)
@@ -150,9 +151,14 @@ class MegatronTrainer:
         MegatronTrainer.latest = self
         optimizer.step_with_ready_grads = self._gated(optimizer.step_with_ready_grads)
 
-    def _memory(self, holder: int, unique_bytes: int, small_bytes: int) -> str:
+    @property
+    def _stored(self) -> bytes:
+        """The small state as copies have it: behind it is what they consist of."""
+        return self._small + self._trailer
+
+    def _memory(self, holder: int, layout: Layout, small_bytes: int) -> str:
         try:
-            return self._session.request_arena(holder, unique_bytes, small_bytes, numa_node())
+            return self._session.request_arena(holder, layout.unique_bytes, small_bytes, numa_node(), layout.digest)
         except Refused as err:
             raise UserError(str(err)) from None
 
@@ -175,7 +181,7 @@ class MegatronTrainer:
                     parallel_state.get_expert_model_parallel_rank(),
                 ),
                 self._plan.nbytes,
-                len(self._small),
+                len(self._stored),
                 self._communicators.table_digest(),
                 can_rescue,
                 self._expected,
@@ -224,7 +230,7 @@ class MegatronTrainer:
         iteration = self._host.args["iteration"]
         self._first = (self._session.joined_epoch, iteration)
         if self._writer.arena.find(Version(*self._first)) is None:  # a durable one is there already
-            self._snapshotter.open(*self._first, self._small)
+            self._snapshotter.open(*self._first, self._stored)
             self._snapshotter.gate()
         self._frozen.keep()
         end = time.monotonic() + deadline_s
@@ -278,7 +284,7 @@ class MegatronTrainer:
         if hold is not None and hold.epoch == session.joined_epoch and iteration >= hold.iteration:
             self._hold_still(hold, iteration)
         if iteration % self._config.snapshot_interval == 0 and self._first != (session.joined_epoch, iteration):
-            self._snapshotter.open(session.joined_epoch, iteration, self._small, self._links.opened())
+            self._snapshotter.open(session.joined_epoch, iteration, self._stored, self._links.opened())
         if self._resumed_epoch != session.joined_epoch:
             self._resumed_epoch = session.joined_epoch
             session.step("resumed", session.joined_epoch, iteration)
@@ -292,7 +298,7 @@ class MegatronTrainer:
         missed = iteration != hold.iteration
         if not missed:
             if self._first != (session.joined_epoch, iteration):
-                self._snapshotter.open(session.joined_epoch, iteration, self._small)
+                self._snapshotter.open(session.joined_epoch, iteration, self._stored)
                 self._first = (session.joined_epoch, iteration)
             self._snapshotter.gate()
         session.tell(r.Held(session.joined_epoch, iteration, missed))
@@ -463,7 +469,7 @@ class MegatronTrainer:
         if agreed.live and self.live_generation == generation and self._small_generation == generation:
             small = self._small
         else:
-            small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
+            small, _ = split_small(self._snapshotter.restore(Version(agreed.version_epoch, generation)))
             self.live_epoch = agreed.version_epoch
         self._take_up(agreed, small)
 
@@ -561,9 +567,6 @@ class MegatronTrainer:
             self._slow_s = fault.seconds
         else:
             strike(fault)
-
-
-_json = msgspec.json.encode
 
 
 def _on_device() -> bool:

@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -282,16 +282,22 @@ class Session:
         self.tell(r.Unreadable(agreed.epoch, agreed.generation, agreed.version_epoch, str(why)[:500]))
         return self.wait_newer(agreed.epoch, deadline_s)
 
-    def describe(self, kind: Literal["job", "layout", "constants"], rank: int, data: bytes) -> None:
-        """Tell the agent something long of this worker, in parts that a packet can hold."""
+    def describe(self, rank: int, data: bytes) -> None:
+        """Tell the agent what job this is, in parts that a packet can hold."""
         parts = max(1, -(-len(data) // _PART))
         for part in range(parts):
-            self.tell(r.Described(kind, rank, part, parts, data[part * _PART : (part + 1) * _PART]))
+            self.tell(r.Described(rank, part, parts, data[part * _PART : (part + 1) * _PART]))
 
     def request_arena(
-        self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1, deadline_s: float | None = None
+        self,
+        rank: int,
+        unique_bytes: int,
+        small_bytes: int,
+        numa: int = -1,
+        layout: str = "",
+        deadline_s: float | None = None,
     ) -> str:
-        """The path of this rank's arena in the vault. Raises Refused with one clear line.
+        """The path of this rank's arena in the vault. Arguments as of `ArenaRequest`. Raises Refused, with one line.
 
         Without a deadline it has as long as the agent may take to clear the memory of all workers of its node.
         """
@@ -300,7 +306,7 @@ class Session:
             deadline_s = _ANSWER_S + _CLEAR_S * workers * unique_bytes / (1 << 30)
         with self._news:
             self._arena = None
-        self.tell(r.ArenaRequest(rank, unique_bytes, small_bytes, numa))
+        self.tell(r.ArenaRequest(rank, unique_bytes, small_bytes, numa, layout))
         with self._news:
             answer = self._news.wait_for(lambda: self._arena, deadline_s)
         if answer is None:

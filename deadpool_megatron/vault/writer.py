@@ -134,11 +134,11 @@ class ConstantsWriter(SlotWriter):
     by the rules that hold for every slot.
     """
 
-    def begin(self) -> Slot | None:
+    def begin(self, small: bytes = b"") -> Slot | None:
         """Open the slot; None when all is there already, checksummed. `publish` and `complete` follow."""
         if self.arena.find(CONSTANT) is not None:
             return None
         slot = self.slot = self.arena.slots[0]
         slot.reopen(CONSTANT.pack())
-        slot.put_small(b"")
+        slot.put_small(small)
         return slot

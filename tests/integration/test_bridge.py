@@ -263,7 +263,7 @@ def test_without_a_spare_the_survivors_save_bridges_checkpoint(jobs: Jobs) -> No
 
 def test_without_a_spare_a_replica_is_left_out_and_comes_back_with_a_node(jobs: Jobs) -> None:
     it = Shrinking(jobs, "narrower", ["train.train_iters=12"], 2, script=BRIDGE)
-    it.shrinks_and_grows(2, 1)
+    it.shrinks_and_grows(1)
     assert [(e["event"], e["width"], e["nodes"]) for e in it.compare()] == [("shrunk", 1, [0]), ("grown", 2, [0, 2])]
 
 

@@ -113,13 +113,6 @@ def test_a_second_job_is_refused_while_the_owner_of_the_directory_lives_and_chan
         files = [p for p in store.rglob("*") if p.is_file() and not p.name.startswith(("owner-", "."))]
         return {str(p): p.stat().st_mtime_ns for p in files}
 
-    def described() -> bool:
-        # (a name with a dot is a file that gets its own name when it is whole)
-        layouts = [p for p in (store / "layouts").iterdir() if not p.name.startswith(".")]
-        written = {p.name: p.stat().st_mtime_ns for p in layouts}
-        return all(at > (killed / "layouts" / name).stat().st_mtime_ns for name, at in written.items())
-
-    owner.until("what its shards consist of", described)  # the copy has that of the job before
     was = there()
     second = jobs.start("second", launch_flags(2, 0, 1), [*flags(), *more])
     assert second.wait() == Exit.USAGE, second.log_tails()

@@ -21,9 +21,8 @@ SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", 
 def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
     it = Shrinking(jobs, "narrower", [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *SMALL], 3)
     job = it.job
-    it.lose_node_1(3)
+    it.lose_node_1()
     job.until_event("shrunk")
-    it.described(2)
     job.arm((0, 5, 2))  # in the workers that the new start has begun with
     job.finished(300)
     assert [(e["width"], e["was"], e["nodes"]) for e in it.compare()] == [(2, 3, [0, 2]), (1, 2, [2])]
@@ -32,7 +31,7 @@ def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jo
 @pytest.mark.timeout(400)
 def test_a_replica_comes_back_with_a_node_and_training_goes_on_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
     it = Shrinking(jobs, "wider", [*with_value(tiny_gpt(iters=12), "--num-layers", 2), *SMALL], 2)
-    it.shrinks_and_grows(2, 1)
+    it.shrinks_and_grows(1)
     assert [(e["event"], e["width"], e["nodes"]) for e in it.compare()] == [("shrunk", 1, [0]), ("grown", 2, [0, 2])]
 
 
@@ -45,7 +44,7 @@ def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss
     """Pipelines of two nodes: of the second replica one is lost, and the other one takes the next one's place."""
     it = Shrinking(jobs, f"swapped-{replicas}", tiny_gpt(iters=ITERATIONS), 2 * replicas, 2)
     job = it.job
-    it.lose_node_1(4 * replicas)
+    it.lose_node_1()
     (event,) = job.until("the shrink", lambda: job.events("shrunk"))
     assert event["width"] == replicas - 1 and event["spares"] == [replicas + 1]
     job.until_event("parked")
@@ -61,7 +60,7 @@ def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss
 def test_a_replica_of_several_nodes_comes_back_with_one_node(jobs: Jobs) -> None:
     """TP2 x PP2 x DP2 on four nodes: the healthy node of the broken replica has stayed as a spare."""
     it = Shrinking(jobs, "pipelines", tiny_gpt(iters=12), 4, 2)
-    it.shrinks_and_grows(8, 2)
+    it.shrinks_and_grows(2)
     assert [(e["width"], e["spares"]) for e in it.compare()] == [(1, [3]), (2, [])]
 
 
@@ -70,7 +69,7 @@ def test_a_replica_of_several_nodes_comes_back_with_one_node(jobs: Jobs) -> None
 def test_replicas_of_experts_leave_and_come_back_as_many_as_hold_all_experts(jobs: Jobs) -> None:
     """Four replicas of two places of experts: without one node there are two, and the third node is a spare."""
     it = Shrinking(jobs, "experts", [*tiny_gpt(moe=True, iters=12), *SMALL], 4)
-    it.shrinks_and_grows(4, 2)
+    it.shrinks_and_grows(2)
     assert [(e["width"], len(e["nodes"]), len(e["spares"])) for e in it.compare()] == [(2, 2, 1), (4, 4, 0)]
 
 
@@ -87,7 +86,7 @@ def test_a_soak_of_losses_and_joins_never_ends_before_its_last_iteration(jobs: J
     rng = random.Random(seed)
     it = Shrinking(jobs, "soak", [*with_value(tiny_gpt(iters=6 * moves + 10), "--num-layers", 2), *SMALL], 3)
     job = it.job
-    it.lose_node_1(3)
+    it.lose_node_1()
     job.until_event("shrunk")  # from then on something is durable
     lost = {1}
     for move in range(moves):

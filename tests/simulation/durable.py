@@ -17,7 +17,6 @@ from deadpool_megatron.cluster.agent.durable import NodeDurability
 from deadpool_megatron.durable import (
     Answer,
     Cancel,
-    Describe,
     Done,
     Drain,
     DrainerProcess,
@@ -30,16 +29,8 @@ from deadpool_megatron.durable import (
     Staged,
     Take,
 )
-from deadpool_megatron.durable.drainer import _AGAIN_S, constants_in
-from deadpool_megatron.durable.files import (
-    prune,
-    read_layout,
-    remove_attempt,
-    seal,
-    write_constants,
-    write_layout,
-    write_shard,
-)
+from deadpool_megatron.durable.drainer import constants_in, described
+from deadpool_megatron.durable.files import prune, remove_attempt, seal, write_constants, write_shard
 from deadpool_megatron.durable.format import MANIFEST, ConstantsFile, generation_of
 from deadpool_megatron.durable.lease import Owner, _decode, _encode, check_owner
 from deadpool_megatron.durable.orders import Unstage
@@ -167,27 +158,25 @@ class _Drainer(DrainerProcess):
         self._host = host
         self._answer = on_answer
         self._process: Process | None = None  # type: ignore[assignment]
-        self._knows: dict[tuple[type, int], Stage | Describe] = {}
+        self._knows: dict[int, Stage] = {}
         self._given: dict[tuple[str, bool], Drain | Seal] = {}
         self._orders: list[Any] = []
         self._busy = False
         self._cancelled: set[str] = set()
         self._staging: dict[int, Staging] = {}
-        self._layouts: dict[int, Layout] = {}
         self._kept: dict[str, ConstantsFile] = {}
         self._ranks = 0
 
     # ---- the agent's side
 
-    def tell(self, order: Stage | Describe) -> None:
-        if self._knows.get((type(order), order.rank)) != order:
-            self._knows[type(order), order.rank] = order
+    def tell(self, order: Stage) -> None:
+        if self._knows.get(order.rank) != order:
+            self._knows[order.rank] = order
             self._ensure()
             self._put(order)
 
     def forget(self, rank: int) -> None:
-        self._knows.pop((Describe, rank), None)
-        if self._knows.pop((Stage, rank), None) is not None and self._process is not None:
+        if self._knows.pop(rank, None) is not None and self._process is not None:
             self._put(Unstage(rank))
 
     def give(self, order: Drain | Seal) -> None:
@@ -216,7 +205,6 @@ class _Drainer(DrainerProcess):
         self._process = None
         self._orders.clear()
         self._staging.clear()
-        self._layouts.clear()
         self._kept.clear()
         self._busy = False
         given, self._given = list(self._given), {}
@@ -256,25 +244,16 @@ class _Drainer(DrainerProcess):
 
     def _carry_out(self, order: Any) -> None:
         store = self._host.cluster.directory
-        if isinstance(order, Stage | Describe | Drain) and order.ranks != self._ranks:  # as `durable.drainer`
+        if isinstance(order, Stage | Drain) and order.ranks != self._ranks:  # as `durable.drainer`
             self._ranks = order.ranks
-            for known in (self._staging, self._layouts, self._kept):
-                known.clear()
+            self._staging.clear()
+            self._kept.clear()
         try:
             match order:
                 case Stage():
                     self._staging[order.rank] = Staging(order.rank, order.nbytes)
-                    self._layouts[order.rank] = order.layout
                 case Unstage():
                     self._staging.pop(order.rank, None)
-                    self._layouts.pop(order.rank, None)
-                case Describe():
-                    try:
-                        check_owner(store, order.job)
-                        write_layout(store, order.rank, order.layout, order.ranks)
-                    except (OSError, DurableError):
-                        assert self._process is not None
-                        self._process.later(_AGAIN_S, self._describe_again, order)
                 case Drain():
                     self._drain(order)
                     return
@@ -289,10 +268,6 @@ class _Drainer(DrainerProcess):
         except (OSError, VaultError, DurableError):
             pass
         self._end()
-
-    def _describe_again(self, order: Describe) -> None:
-        if self._knows.get((Describe, order.rank)) == order and order.ranks == self._ranks:
-            self._put(order)
 
     def _drain(self, order: Drain) -> None:
         store, error, unusable = self._host.cluster.directory, "", -1
@@ -329,9 +304,9 @@ class _Drainer(DrainerProcess):
             assert generation is not None
             take = order.shards[index]
             staging = self._staging[take.rank]
-            layout = self._layouts.get(take.rank) or read_layout(store, take.rank, order.ranks)
-            shard = write_shard(store, order.name, staging.rank, generation, layout, staging.unique, staging.small)
-            constants = self._constants(store, take, order.ranks)
+            small, layout = described(staging.small, take.rank)
+            shard = write_shard(store, order.name, staging.rank, generation, layout, staging.unique, small)
+            constants = self._constants(store, take)
             shards.append(msgspec.structs.replace(shard, constants=constants))
         except ChecksumMismatch as err:
             self._end(Done(order.name, False, (), str(err), unusable=constants_of(take.rank)))
@@ -341,19 +316,19 @@ class _Drainer(DrainerProcess):
             return
         self._later(self._write, order, index + 1, shards)
 
-    def _constants(self, store: Directory, take: Take, ranks: int) -> ConstantsFile | None:
+    def _constants(self, store: Directory, take: Take) -> ConstantsFile | None:
         """As `durable.drainer`."""
-        if take.constants is None:
+        if not take.constants:
             return None
-        path, layout = take.constants
         holder = constants_of(take.rank)
-        layout = layout or read_layout(store, holder, ranks)
-        known = self._kept.get(path)
+        known = self._kept.get(take.constants)
         if known is None or store.size(known.path) != known.nbytes:
             arena = self._host.shards.vault.arena(holder, "own")
             if arena is None:
                 raise DurableError(f"the memory of rank {take.rank}'s constants is gone")
-            known = self._kept[path] = write_constants(store, layout, constants_in(arena, take.rank).unique)
+            slot = constants_in(arena, take.rank)
+            _, layout = described(bytes(slot.small[: slot.small_bytes]), take.rank)
+            known = self._kept[take.constants] = write_constants(store, layout, slot.unique)
         return known
 
     def _seal(self, order: Seal) -> None:

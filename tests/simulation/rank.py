@@ -6,13 +6,12 @@ import struct
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.durable import DurableError, read_items, read_manifest
+from deadpool_megatron.durable import DurableError, Layout, read_items, read_manifest, trailer_of
 from deadpool_megatron.recovery import EpochClosed, Redo
 from deadpool_megatron.recovery.redo import Calls
 from deadpool_megatron.vault import (
@@ -35,7 +34,7 @@ UNIQUE_BYTES = 4096
 _OWN_ERROR_S = 0.5  # as that of the hooks
 _PATIENCE_S = 10.0  # as that of `OtherWidth`
 _TRIES = 3  # as that of `Frozen`
-_LAYOUT, _CONSTANTS_LAYOUT = msgspec.json.encode(LAYOUT), msgspec.json.encode(CONSTANTS_LAYOUT)
+_TRAILER, _CONSTANTS_TRAILER = trailer_of(LAYOUT), trailer_of(CONSTANTS_LAYOUT)
 _STATE = struct.Struct("<qQ")  # generation, value
 
 
@@ -265,12 +264,9 @@ class Rank:
             yield from self._meet("start", -1, 0)
         durable = self.host.cluster.job.durable is not None
         if durable:
-            self.say(r.Described("job", self.rank, 0, 1, b"{}"))
+            self.say(r.Described(self.rank, 0, 1, b"{}"))
             if not rejoining:
                 yield from self._wait(lambda: self._supersede(self.joined) or self._is_agreed(self.joined))
-            self.say(r.Described("layout", self.rank, 0, 1, _LAYOUT))
-            if self.host.cluster.constants:
-                self.say(r.Described("constants", self.rank, 0, 1, _CONSTANTS_LAYOUT))
         yield from self._request_arena()
         if not rejoining and self._generation is not None and self._generation.recut:
             yield from self._cut_anew(self._generation)
@@ -285,7 +281,7 @@ class Rank:
                 0,
                 self.host.cluster.place(self.rank, epoch),
                 UNIQUE_BYTES,
-                16,
+                len(self._stored(0, 0)),
                 f"groups of {self.host.cluster.oracle.ranks(epoch)}",
                 self.host.cluster.can_rescue,
                 restarts=self.host.cluster.restarts,
@@ -403,13 +399,19 @@ class Rank:
 
     def _request_arena(self) -> Script:
         assert self.rank is not None
-        self.writer = SlotWriter((yield from self._memory(self.rank, 16)))
+        self.writer = SlotWriter((yield from self._memory(self.rank, len(self._stored(0, 0)), LAYOUT)))
         if self.host.cluster.constants:
-            self._constants_writer = ConstantsWriter((yield from self._memory(constants_of(self.rank), 0)))
+            self._constants_writer = ConstantsWriter(
+                (yield from self._memory(constants_of(self.rank), len(_CONSTANTS_TRAILER), CONSTANTS_LAYOUT))
+            )
 
-    def _memory(self, holder: int, small_bytes: int) -> Script:
+    def _stored(self, generation: int, value: int) -> bytes:
+        """The small state as copies have it."""
+        return _STATE.pack(generation, value) + (_TRAILER if self.host.cluster.job.durable is not None else b"")
+
+    def _memory(self, holder: int, small_bytes: int, layout: Layout) -> Script:
         self._arena = None
-        self.say(r.ArenaRequest(holder, UNIQUE_BYTES, small_bytes))
+        self.say(r.ArenaRequest(holder, UNIQUE_BYTES, small_bytes, layout=layout.digest))
         if not (yield from self._wait(lambda: self._arena is not None, 120.0)):
             raise Dies("no memory")
         if isinstance(self._arena, r.ArenaRefused):
@@ -422,7 +424,7 @@ class Rank:
     def _keep_constants(self) -> None:
         """As `Frozen.keep`."""
         writer = self._constants_writer
-        if writer is not None and self.rank is not None and writer.begin() is not None:
+        if writer is not None and self.rank is not None and writer.begin(_CONSTANTS_TRAILER) is not None:
             writer.buffer[:] = np.frombuffer(constants(self.rank), np.uint8)
             writer.complete()
             self._ring()
@@ -461,7 +463,7 @@ class Rank:
 
     def _open(self, generation: int) -> None:
         assert self.writer is not None
-        if self.writer.open(self.joined, generation, _STATE.pack(generation, self.value)) is not None:
+        if self.writer.open(self.joined, generation, self._stored(generation, self.value)) is not None:
             self._ring()
 
     def _complete(self) -> None:

@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,6 @@ from deadpool_megatron.durable import (
     Answer,
     Cancel,
     Coordinate,
-    Describe,
     Done,
     Drain,
     DrainerProcess,
@@ -47,19 +45,23 @@ from deadpool_megatron.durable import (
     load_constants,
     load_shards,
     open_store,
+    split_small,
     this_process,
+    trailer_of,
 )
-from deadpool_megatron.durable.files import write_layout, write_shard
+from deadpool_megatron.durable.errors import Damaged
+from deadpool_megatron.durable.files import read_header, write_shard
 from deadpool_megatron.durable.lease import take
 from deadpool_megatron.durable.orders import DEAF_TO
 from deadpool_megatron.durable.staging import Staging
 from deadpool_megatron.durable.store import LocalStore, ObjectStore
-from deadpool_megatron.vault import CONSTANT, ConstantsWriter, SlotWriter, Vault, Version, constants_of
+from deadpool_megatron.vault import CONSTANT, ConstantsWriter, SlotWriter, Vault, Version, constants_of, small_capacity
 from waiting import until
 
 UNIQUE = 5 * (1 << 20) + 64
 LAYOUT = Layout(UNIQUE, "digest", (Item("all", "U8", (UNIQUE,), 0, UNIQUE),))
 SMALL = b"small"
+TRAILER = trailer_of(LAYOUT)
 
 
 class Node:
@@ -75,11 +77,11 @@ class Node:
         self.drainer = DrainerProcess(self.answers.put)
 
     def stage(self) -> None:
-        self.drainer.tell(Stage(0, UNIQUE + (1 << 12), LAYOUT))
+        self.drainer.tell(Stage(0, UNIQUE + (1 << 12)))
 
-    def capture(self, generation: int, epoch: int = 0) -> bool:
+    def capture(self, generation: int, epoch: int = 0, trailer: bytes = TRAILER) -> bool:
         """The worker takes a generation; False when no slot is free."""
-        if self.writer.open(epoch, generation, SMALL) is None:
+        if self.writer.open(epoch, generation, SMALL + trailer) is None:
             return False
         self.writer.buffer[:] = generation % 251
         self.writer.publish(UNIQUE)
@@ -148,7 +150,7 @@ def load(node: Node, name: str, generation: int) -> bytes:
         versions = {0: Version(3, generation)}
         load_shards(other, open_store(node.directory), name, 0, versions, lambda small: 1 << 12, lambda *told: None)
         small, unique = SlotWriter(other.allocate_own(0, UNIQUE, 1 << 12).path).read(Version(3, generation))
-        assert small == SMALL
+        assert small == SMALL + TRAILER
         return bytes(unique)
     finally:
         other.close()
@@ -295,7 +297,7 @@ def test_memory_for_a_coordinate_that_is_here_no_more_is_given_back_for_good(nod
         return int(words[1]) * os.sysconf("SC_PAGE_SIZE")
 
     node.stage()
-    node.drainer.tell(Stage(7, large, LAYOUT))
+    node.drainer.tell(Stage(7, large))
     until(lambda: holds() > large, "the memory of rank 7")
     node.drainer.forget(7)
     until(lambda: holds() < large, "its end")
@@ -307,19 +309,45 @@ def test_memory_for_a_coordinate_that_is_here_no_more_is_given_back_for_good(nod
     assert holds() < large, "the next one is not told of it"
 
 
-def test_what_a_shard_of_a_wider_job_consists_of_is_nothing_to_a_narrower_one(node: Node, tmp_path: Path) -> None:
-    """Both ranks have the number; its own node has died before it said what its shard consists of."""
-    store = LocalStore(str(tmp_path))
-    wide = Layout(UNIQUE, "wide", LAYOUT.items)
-    write_layout(store, 0, wide, 3)
+def test_whoever_holds_a_copy_knows_what_it_consists_of(node: Node) -> None:
+    """The drainer has heard nothing of this coordinate: its node is lost, and its copy was kept, or rebuilt, here."""
     assert node.capture(1)
-    name = directory_name(1, "job", 1)
-    drained = []
-    for ranks in (3, 2):
-        node.drainer.give(Drain(node.directory, name, 0.0, (Take(0, node.path, 0, 1),), node.job, ranks))
-        drained.append(node.done())
-    assert [shard.layout for shard in drained[0].shards] == ["wide"]
-    assert not drained[1].shards and "has not told what its shard consists of" in drained[1].error
+    node.drain(1)
+    done = node.done()
+    assert [shard.layout for shard in done.shards] == [LAYOUT.digest]
+    store = LocalStore(node.directory)
+    header = read_header(store, done.name, done.shards[0])
+    assert header.layout == LAYOUT and header.small_bytes == len(SMALL)
+
+
+def test_a_copy_that_does_not_say_what_it_consists_of_is_not_written(node: Node) -> None:
+    assert node.capture(1, trailer=b"")
+    node.drain(1)
+    assert "does not say what it consists of" in node.done().error
+
+
+def test_a_copy_that_was_read_says_what_it_consists_of_again(node: Node) -> None:
+    name = node.durable(1)
+    other = Vault(f"o{os.getpid()}", 1)
+    try:
+        load_shards(
+            other, open_store(node.directory), name, 0, {0: Version(0, 1)}, small_capacity, lambda *_: None,
+        )  # fmt: skip
+        slot = other.find(0, Version(0, 1))[1]
+        assert split_small(bytes(slot.small[: slot.small_bytes])) == (SMALL, LAYOUT)
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("damage", [b"", b"x"])
+def test_what_a_copy_consists_of_is_read_or_is_damaged(damage: bytes) -> None:
+    stored = SMALL + trailer_of(LAYOUT)
+    if damage:
+        stored = stored[: len(SMALL) + 4] + damage + stored[len(SMALL) + 5 :]
+        with pytest.raises(Damaged, match="cannot be read"):
+            split_small(stored)
+    else:
+        assert split_small(stored) == (SMALL, LAYOUT) and split_small(SMALL) == (SMALL, None)
 
 
 def test_an_older_generation_stays_when_the_disk_is_full(node: Node) -> None:
@@ -446,8 +474,6 @@ def test_another_drainer_copies_shards_out_before_it_touches_a_directory_that_ha
 ) -> None:
     node.directory = f"ftp://127.0.0.1:{silent.getsockname()[1]}/generations"
     node.stage()
-    node.drainer.tell(Describe(node.directory, 0, LAYOUT, ""))
-    silent.accept()[0].close()
     node.drainer.kill()
     until(lambda: node.drainer._process is None, "its end")
     assert node.capture(1)
@@ -461,13 +487,13 @@ def test_another_drainer_copies_shards_out_before_it_touches_a_directory_that_ha
 
 @pytest.mark.timeout(60)
 def test_a_drainer_that_reads_nothing_holds_up_nobody(node: Node) -> None:
-    """It stands still: its start hangs in a file system, say. A layout is longer than what a pipe takes."""
+    """It stands still: its start hangs in a file system, say. Its orders are more than what a pipe takes."""
     node.stage()
     process = node.drainer._process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
-    items = tuple(Item(f"{i:0100d}", "U8", (1,), i, 1) for i in range(5000))
-    node.drainer.tell(Stage(1, UNIQUE, Layout(UNIQUE, "long", items)))
+    for rank in range(1, 3000):
+        node.drainer.tell(Stage(rank, 1))
     assert node.capture(1)
     node.drain(1)
     process.send_signal(signal.SIGCONT)
@@ -498,7 +524,6 @@ def test_whatever_a_driver_raises_a_drain_and_a_seal_are_answered(node: Node, mo
     here = drainer._Drainer(out)
     name = directory_name(1, "job", 1)
     manifest = Manifest(FORMAT, 1, 0, name, "now", 1, (Coordinate(0, 0, 0, 0),), (), {})
-    here._orders.put(Describe("x", 0, LAYOUT))
     here._orders.put(Drain("x", name, 0.0, ()))
     here._orders.put(Seal("x", manifest, ()))
     here._orders.put(Cancel("x", name, True))
@@ -506,30 +531,6 @@ def test_whatever_a_driver_raises_a_drain_and_a_seal_are_answered(node: Node, mo
     here.work()
     answers = [msgspec.json.decode(line, type=Answer) for line in out.getvalue().splitlines()]
     assert [each.error for each in answers if isinstance(each, Done)] == ["no credentials"] * 2
-
-
-def test_a_layout_that_a_full_store_did_not_take_is_written_when_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it nobody else could write this rank's shard, when its node is lost."""
-    written: list[int] = []
-    there = [OSError(errno.ENOSPC, "No space left on device")] * 3
-
-    def write(store: object, rank: int, layout: Layout, ranks: int) -> None:
-        if there:
-            raise there.pop()
-        written.append(rank)
-
-    monkeypatch.setattr(drainer, "open_store", lambda url: None)
-    monkeypatch.setattr(drainer, "_check", lambda store, job: None)
-    monkeypatch.setattr(drainer, "write_layout", write)
-    monkeypatch.setattr(drainer, "_AGAIN_S", 0.01)
-    here = drainer._Drainer(io.BytesIO())
-    for rank in range(2):
-        here._orders.put(Describe("x", rank, LAYOUT, "job", 2))
-    thread = threading.Thread(target=here.work, daemon=True)
-    thread.start()
-    until(lambda: sorted(written) == [0, 1], "both layouts")
-    here._orders.put(None)
-    thread.join()
 
 
 def test_what_a_driver_raises_in_the_middle_of_a_file_may_pass() -> None:
@@ -576,7 +577,7 @@ def test_a_durable_generation_and_a_fetched_one_fill_a_slot_alike(node: Node) ->
     )
     node.vault.set_epoch(2)
     small, unique = node.writer.read(Version(2, 7))
-    assert small == SMALL and np.all(np.frombuffer(unique, dtype=np.uint8) == 7)
+    assert small == SMALL + TRAILER and np.all(np.frombuffer(unique, dtype=np.uint8) == 7)
     assert (2, 7) in [(h.epoch, h.generation) for h in node.vault.holdings().ranks[0]]
 
 
@@ -598,13 +599,13 @@ def test_what_never_changes_is_one_file_for_all_generations_and_is_loaded_with_e
     def drained(generation: int) -> Done:
         assert node.capture(generation)
         node.commit(generation)
-        take = Take(0, node.path, 0, generation, (path, layout))
+        take = Take(0, node.path, 0, generation, path)
         node.drainer.give(Drain(node.directory, directory_name(generation, "job", 1), 0.0, (take,)))
         return node.done()
 
     early = drained(1)
     assert "constants of rank 0 are not in its vault yet" in early.error
-    assert writer.begin() is not None
+    assert writer.begin(trailer_of(layout)) is not None
     writer.buffer[:] = 7
     writer.complete()
     while node.vault.checksum(constants_of(0)):

@@ -22,7 +22,18 @@ from deadpool_megatron.cluster.agent.durable import Loaded, NodeDurability
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
 from deadpool_megatron.cluster.placement.redundancy import Scheme
-from deadpool_megatron.durable import Done, DurableError, Item, Layout, Stage, Staged, files, load_shards, loading
+from deadpool_megatron.durable import (
+    Done,
+    DurableError,
+    Item,
+    Layout,
+    Staged,
+    files,
+    load_shards,
+    loading,
+    split_small,
+    trailer_of,
+)
 from deadpool_megatron.vault import SlotWriter, Version, small_capacity
 from waiting import until
 
@@ -40,22 +51,21 @@ class Node:
         self.durability = NodeDurability(number, str(directory), "job", self.shards, self.sent.append, drains)
         self.writers: dict[int, SlotWriter] = {}
 
-    def begin(self, job: dict[str, Any] = JOB, layout: Layout = LAYOUT) -> None:
+    def begin(self, job: dict[str, Any] = JOB) -> None:
         """Its workers tell of themselves and get their memory."""
         for rank in (0, 1):
-            for kind, what in (("job", job), ("layout", layout)):
-                data = msgspec.json.encode(what)
-                half = len(data) // 2
-                for part, piece in enumerate((data[:half], data[half:])):
-                    self.durability.described(r.Described(kind, rank, part, 2, piece), rank)  # type: ignore[arg-type]
-            self.writers[rank] = SlotWriter(self.shards.allocate(rank, UNIQUE, 100))
-            self.durability.granted(rank, 1 << 16)
+            data = msgspec.json.encode(job)
+            half = len(data) // 2
+            for part, piece in enumerate((data[:half], data[half:])):
+                self.durability.described(r.Described(rank, part, 2, piece), rank)
+            self.writers[rank] = SlotWriter(self.shards.allocate(rank, UNIQUE, 1000))
+            self.durability.granted(rank, UNIQUE + (1 << 16))
 
     def capture(self, generation: int) -> list[bool]:
         """Both workers take a generation; whether they had a slot for it."""
         taken = []
         for rank, writer in self.writers.items():
-            taken.append(writer.open(0, generation, b"small %d" % rank) is not None)
+            taken.append(writer.open(0, generation, b"small %d" % rank + trailer_of(LAYOUT)) is not None)
             if taken[-1]:
                 writer.buffer[:] = generation + rank
                 writer.publish(UNIQUE)
@@ -262,11 +272,11 @@ def test_a_coordinate_that_moves_away_leaves_no_memory_and_no_thread_behind(node
     )
     node.shards.server.set_epoch(1)
     told = node.durability._drainer._told
-    assert (Stage, 1) in told and node.shards.path_of(1)
+    assert 1 in told and node.shards.path_of(1)
     upkeep.committed_to(r.CommittedTo(1, (1, 5), 5))
     until(lambda: "vault-send-1" not in named(), "the end of its sender")
     assert "vault-send-0" in named()
-    assert (Stage, 0) in told and (Stage, 1) not in told and not node.shards.path_of(1)
+    assert 0 in told and 1 not in told and not node.shards.path_of(1)
 
 
 def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[Node]) -> None:
@@ -281,8 +291,8 @@ def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[
         at = node.durability.begin(rank, 0)
         assert isinstance(at, r.Generation) and (at.generation, at.version_epoch) == (5, 0)
         small, unique = SlotWriter(at.path).read(Version(0, 5))
-        assert small == b"small %d" % rank and bytes(unique) == bytes([5 + rank]) * UNIQUE
-        assert not node.durability.refusal(rank)
+        assert split_small(small)[0] == b"small %d" % rank and bytes(unique) == bytes([5 + rank]) * UNIQUE
+        assert not node.durability.refusal(rank, LAYOUT.digest)
 
 
 def test_a_rank_of_a_job_of_another_width_is_told_which_generation_to_read(nodes: list[Node]) -> None:
@@ -292,13 +302,10 @@ def test_a_rank_of_a_job_of_another_width_is_told_which_generation_to_read(nodes
     assert node.durability.begin(0, 0) == r.Generation(0, 5, -1, "", {}, recut=NAME)
 
 
-def test_a_job_that_only_reads_has_no_drainer_with_its_memory_and_describes_nothing(
-    nodes: list[Node], tmp_path: Path
-) -> None:
+def test_a_job_that_only_reads_has_no_drainer_with_its_memory(nodes: list[Node], tmp_path: Path) -> None:
     node = Node(tmp_path, 2, drains=False)
     try:
         node.begin()
-        node.durability.placed()
         assert node.durability._drainer._process is None and not list(tmp_path.iterdir())
     finally:
         node.close()
@@ -357,8 +364,9 @@ def test_a_shard_of_other_tensors_is_refused_even_if_all_arguments_agree(drained
     node = drained[1]
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])
     node.news(Loaded)
-    node.begin(layout=msgspec.structs.replace(LAYOUT, digest="another"))
-    assert "consists of other tensors" in node.durability.refusal(0)
+    node.begin()
+    assert "consists of other tensors" in node.durability.refusal(0, "another")
+    assert not node.durability.refusal(0, LAYOUT.digest)
 
 
 def test_when_memory_cannot_answer_each_rank_is_read_as_a_version_of_the_new_epoch(drained: list[Node]) -> None:

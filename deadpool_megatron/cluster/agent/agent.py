@@ -433,8 +433,6 @@ class Agent:
                     self._durable.fetch(record, self._job.ranks)
             case r.Placement() if upkeep is not None:
                 upkeep.place(record)
-                if self._durable is not None:
-                    self._durable.placed()
             case r.CommittedTo() if upkeep is not None:
                 self._commits.committed_to(record)
                 upkeep.committed_to(record)

@@ -142,7 +142,7 @@ class Upkeep:
 
     def grant(self, worker: Worker, record: r.ArenaRequest) -> None:
         """Give a worker the memory of its shard, or tell it why not."""
-        if self._durable is not None and (refusal := self._durable.refusal(record.rank)):
+        if self._durable is not None and (refusal := self._durable.refusal(record.rank, record.layout)):
             worker.send(r.ArenaRefused(refusal))
             return
         try:
@@ -152,7 +152,7 @@ class Upkeep:
             return
         worker.send(r.ArenaGranted(record.rank, path))
         if self._durable is not None:
-            self._durable.granted(record.rank, small_capacity(record.small_bytes))
+            self._durable.granted(record.rank, record.unique_bytes + small_capacity(record.small_bytes))
         self.aim()
 
     def replan(self, sizes_known: bool) -> None:

@@ -22,12 +22,10 @@ from deadpool_megatron.durable import (
     FORMAT,
     Answer,
     Cancel,
-    Describe,
     Done,
     Drain,
     DrainerProcess,
     DurableError,
-    Layout,
     Manifest,
     NoRoom,
     Seal,
@@ -93,11 +91,9 @@ class NodeDurability:
         self._send = send
         self._drains = drains
         self._drainer = self._make_drainer()
-        self._parts: dict[tuple[str, int], list[bytes]] = {}
+        self._parts: dict[int, list[bytes]] = {}
         self._jobs: dict[int, dict[str, Any]] = {}
-        self._layouts: dict[int, Layout] = {}
-        self._granted: set[int] = set()  # holders whose memory is here
-        self._placed = False
+        self._granted: set[int] = set()  # ranks whose memory is here
         self._pinned = ""
         self._due: dict[str, float] = {}  # by drain that is not done: when it has to be copied or let go of
         self._late: set[str] = set()  # drains for which it was ended, and is not gone yet
@@ -176,54 +172,38 @@ class NodeDurability:
     # ---- from workers
 
     def described(self, record: r.Described, rank: int) -> None:
-        """One part of what the worker of ``rank`` tells of itself; parts come in order."""
-        parts = self._parts.setdefault((record.kind, rank), [])
+        """One part of what the worker of ``rank`` tells of its job; parts come in order."""
+        parts = self._parts.setdefault(rank, [])
         if record.part == 0:
             parts.clear()
         parts.append(record.data)
         if len(parts) < record.parts:
             return
-        data = b"".join(self._parts.pop((record.kind, rank)))
-        if record.kind == "job":
-            self._jobs[rank] = msgspec.json.decode(data)
-        else:
-            holder = rank if record.kind == "layout" else constants_of(rank)
-            self._layouts[holder] = msgspec.json.decode(data, type=Layout)
+        self._jobs[rank] = msgspec.json.decode(b"".join(self._parts.pop(rank)))
 
-    def refusal(self, rank: int) -> str:
-        """Why the shard a worker asks memory for is not the one that was loaded for it; empty when it is."""
-        layout, loaded = self._layouts.get(rank), self._loaded.get(rank)
-        if layout is None or loaded is None or loaded == layout.digest:
+    def refusal(self, rank: int, layout: str) -> str:
+        """Why the shard a worker asks memory for is not the one that was loaded for it; empty when it is.
+
+        Args:
+            layout: the digest of what it consists of.
+        """
+        if self._loaded.get(rank, layout) == layout:
             return ""
         if is_constants(rank):
             return self._not_fit("it has other frozen parameters")
         return self._not_fit(f"rank {rank}'s shard in it consists of other tensors")
 
-    def granted(self, rank: int, small_capacity: int) -> None:
-        """The arena of ``rank`` is there: so is, from now on, the memory that draining it takes."""
-        layout = self._layouts.get(rank)
-        if layout is None or not self._drains:
-            return
-        self._granted.add(rank)
-        if self._placed:
-            self._describe(rank, layout)
-        if not is_constants(rank):  # those stay, so they are written from where they are
-            self._drainer.tell(Stage(rank, layout.unique_bytes + small_capacity, layout, self._ranks()))
+    def granted(self, rank: int, nbytes: int) -> None:
+        """The arena of ``rank`` is there: so is, from now on, the memory of ``nbytes`` that draining it takes."""
+        if self._drains and not is_constants(rank):  # those stay, so they are written from where they are
+            self._granted.add(rank)
+            self._drainer.tell(Stage(rank, nbytes, self._ranks()))
 
-    def placed(self) -> None:
-        """The job has its placement, and so its directory: another node may have to write what is here one day."""
-        self._placed = True
-        for holder in sorted(self._granted):
-            self._describe(holder, self._layouts[holder])
-
-    def keep_only(self, holders: set[int]) -> None:
+    def keep_only(self, ranks: set[int]) -> None:
         """The memory of all others has been freed: so is that of the drainer."""
-        for holder in self._granted - holders:
-            self._drainer.forget(holder)
-        self._granted &= holders
-
-    def _describe(self, holder: int, layout: Layout) -> None:
-        self._drainer.tell(Describe(self._directory, holder, layout, self._job, self._ranks()))
+        for rank in self._granted - ranks:
+            self._drainer.forget(rank)
+        self._granted &= ranks
 
     def _not_fit(self, why: str) -> str:
         generation = self._manifest.generation if self._manifest is not None else -1
@@ -265,9 +245,8 @@ class NodeDurability:
     def start_over(self) -> None:
         """The start begins anew: other workers tell what job it is, and the coordinator where to resume."""
         self._resume = None
-        for known in (self._jobs, self._layouts, self._granted):
-            known.clear()
-        self._placed = False
+        self._jobs.clear()
+        self._granted.clear()
 
     def begin(self, rank: int, epoch: int) -> r.Generation | str | None:
         """What a worker is to begin with; a text when it must not; None while that is not known.
@@ -303,8 +282,9 @@ class NodeDurability:
             version = self._shards.version_of(rank, record.generation) if record.version_epoch < 0 else None
             return version[0] if version is not None else record.version_epoch
 
+        path_of = self._shards.path_of
         takes = tuple(
-            Take(rank, self._shards.path_of(rank), epoch(rank), record.generation, self._constants(rank))
+            Take(rank, path_of(rank), epoch(rank), record.generation, path_of(constants_of(rank)))
             for rank in sorted(ranks)
         )
         self._takes, self._takes_epoch = {take.rank: take for take in takes}, self._shards.vault.epoch
@@ -326,11 +306,6 @@ class NodeDurability:
             name = self._pinned
             self._release(name)
             self._send(r.ShardsDrained(self._node, name, [], f"its drainer hung and was ended: {_WHY}"))
-
-    def _constants(self, rank: int) -> tuple[str, Layout | None] | None:
-        holder = constants_of(rank)
-        path = self._shards.path_of(holder)
-        return (path, self._layouts.get(holder)) if path else None
 
     def seal(self, record: r.SealGeneration) -> None:
         """Write the manifest."""

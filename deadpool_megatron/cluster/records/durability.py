@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from deadpool_megatron.cluster.records.values import CoordinateInfo, OfNode, Record
 from deadpool_megatron.durable import ShardFile
 
@@ -99,9 +97,8 @@ DurableReport = ShardsDrained | GenerationSealed | ShardsLoaded | PreemptionNoti
 
 
 class Described(Record, frozen=True):
-    """Part ``part`` of ``parts`` of what a worker tells of itself, as JSON: its job, or one of its layouts."""
+    """Part ``part`` of ``parts`` of what a worker tells of its job, as JSON."""
 
-    kind: Literal["job", "layout", "constants"]
     rank: int
     part: int
     parts: int

@@ -29,12 +29,16 @@ class WorkerStep(Record, frozen=True):
 
 
 class ArenaRequest(Record, frozen=True):
-    """A worker asks for the memory of its shard in the vault, on the NUMA node of its device (-1: any)."""
+    """A worker asks for the memory of its shard in the vault, on the NUMA node of its device (-1: any).
+
+    ``layout``: the digest of what it consists of.
+    """
 
     rank: int
     unique_bytes: int
     small_bytes: int
     numa: int = -1
+    layout: str = ""
 
 
 class Arrived(OfEpoch, frozen=True):
