@@ -116,8 +116,8 @@ class DeadpoolConfig:
         "save",
         "what a lost node costs when no spare is left, and none has come in the time of --deadpool-wait-for-spare: the "
         "job (save: a checkpoint, or the newest generation on disk, and it ends), a data-parallel replica or more "
-        "(shrink: it goes on with as many as the nodes can hold, and with more again when nodes join; needs "
-        "--deadpool-durable-dir), or time (wait: without end, for deadpool join)",
+        "(shrink: it goes on with as many as the nodes can hold, and with more again when nodes join), or time (wait: "
+        "without end, for deadpool join)",
         ("save", "shrink", "wait"),
     )
     metrics_port: int = _setting(
@@ -241,11 +241,6 @@ class DeadpoolConfig:
             for name, value in (("resume", self.resume != "none"), ("on-preempt", self.on_preempt)):
                 if value:
                     raise ConfigError(f"--deadpool-{name} needs --deadpool-durable-dir")
-        if self.when_out_of_spares == "shrink" and not self.durable_dir:
-            raise ConfigError(
-                "--deadpool-when-out-of-spares shrink needs --deadpool-durable-dir: fewer replicas begin with what is "
-                "there"
-            )
         if self.when_out_of_spares == "wait" and self.wait_for_spare:
             raise ConfigError(
                 "--deadpool-when-out-of-spares wait has no end, so --deadpool-wait-for-spare has no use: leave one out"

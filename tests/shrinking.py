@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,26 +14,34 @@ from jobs import EXAMPLE, Job, Jobs, launch_flags
 
 
 class Shrinking:
-    """A job that loses nodes, and those that begin at its widths with what was durable then."""
+    """A job that loses nodes, and the jobs of its widths that it is compared with.
+
+    ``more``: DeadPool's flags besides, for all of them.
+    """
 
     def __init__(
-        self, jobs: Jobs, name: str, flags: Sequence[str], nodes: int, slots: int = 1, script: Path = EXAMPLE
+        self,
+        jobs: Jobs,
+        name: str,
+        flags: Sequence[str],
+        nodes: int,
+        slots: int = 1,
+        script: Path = EXAMPLE,
+        more: Sequence[str] = (),
     ) -> None:
         self._jobs = jobs
         self._script = script
         self._name = name
-        self._flags = list(flags)
+        self._flags = [*flags, *more]
+        self._nodes = nodes
         self._slots = slots
-        self._store = jobs.directory / f"{name}-store"
         self.joined: list[subprocess.Popen[bytes]] = []
-        self.job = self._start(name, nodes, self._store, "--deadpool-when-out-of-spares", "shrink", held=True)
+        self.job = self._start(name, nodes, "--deadpool-when-out-of-spares", "shrink")
 
-    def _start(self, name: str, nodes: int, store: Path, *more: str, held: bool = False) -> Job:
+    def _start(self, name: str, nodes: int, *more: str) -> Job:
         alone = ["--alone"] * (nodes == 1)  # the launcher begins none that nothing protects
-        ours = ["--deadpool-durable-dir", str(store), "--deadpool-durable-interval", "1000", *more]
-        return self._jobs.start(
-            name, [*launch_flags(nodes, 0, self._slots), *alone], [*self._flags, *ours], self._script, held=held
-        )
+        launch = [*launch_flags(nodes, 0, self._slots), *alone]
+        return self._jobs.start(name, launch, [*self._flags, *more], self._script, held=True)
 
     def join(self) -> None:
         """A node comes, in the background."""
@@ -59,29 +68,43 @@ class Shrinking:
         self.job.arm((1, 2, 2), until=1)
         self.job.hold(4)
 
-    def from_the_same(self, event: dict[str, Any]) -> Job:
-        """A run of that width that begins with that generation."""
-        store = self._jobs.directory / f"{self._name}-store-{event['width']}"
-        store.mkdir()
-        for file in self._store.iterdir():
-            other = file.name.startswith("generation-") and int(file.name.split("-")[1]) != event["iteration"]
-            if file.is_dir() and not other:
-                shutil.copytree(file, store / file.name)
-        name, nodes = f"{self._name}-at-{event['width']}", len(event["nodes"])
-        return self._start(name, nodes, store, "--deadpool-resume", "auto").finished(300)
+    def compare(self) -> list[dict[str, Any]]:
+        """Each time that it became narrower, or wider; what it trained at each width is compared bit for bit.
 
-    def compare(self, newest: int = 9) -> list[dict[str, Any]]:
-        """Each time that it became narrower, or wider; what came after each of the ``newest`` is compared."""
+        What it is compared with is a job of each width, which begins with the generation that the one before it has
+        made durable: that comes out of files, and what the job itself begins with out of its nodes' memory.
+        """
         events = sorted([*self.job.events("shrunk"), *self.job.events("grown")], key=lambda event: event["epoch"])
-        for event in events[-newest:]:
-            want = self.from_the_same(event)
-            last = event is events[-1]
-            epochs = [e["epoch"] for e in events if e["epoch"] > event["epoch"]] or [1 << 30]
-            since = [e for e in self.job.events("iteration") if event["epoch"] <= e["epoch"] < min(epochs)]
-            assert {e["replicas"] for e in since} == {event["width"]}
-            got = [(e["iteration"], e["losses_hex"], e["grad_norm_hex"]) for e in since]
-            assert got and got[0][0] == event["iteration"] == want.exact()[0][0]
+        widths = [{"epoch": 0, "iteration": 0, "nodes": list(range(self._nodes))}, *events]
+        store: Path | None = None
+        for number, event in enumerate(widths):
+            later = widths[number + 1] if number < len(events) else None
+            until = later["epoch"] if later is not None else math.inf
+            since = [e for e in self.job.events("iteration") if event["epoch"] <= e["epoch"] < until]
+            if later is not None and later["iteration"] == event["iteration"]:
+                continue  # it has begun anew before a generation was committed
+            want, store = self._alike(number, len(event["nodes"]), store, later and later["iteration"])
+            assert number == 0 or {e["replicas"] for e in since} == {event["width"]}
+            assert not number or want.exact()[0][0] == since[0]["iteration"] == event["iteration"]
+            last = later["iteration"] if later is not None else math.inf  # what came after it was for nothing
+            got = [(e["iteration"], e["losses_hex"], e["grad_norm_hex"]) for e in since if e["iteration"] < last]
             assert set(map(str, got)) <= set(map(str, want.exact()))
-            if last:
-                assert got[-1] == want.exact()[-1] and self.job.hashes() == want.hashes()
+        assert got[-1] == want.exact()[-1] and self.job.hashes() == want.hashes()
         return events
+
+    def _alike(self, number: int, nodes: int, store: Path | None, end: int | None) -> tuple[Job, Path]:
+        """A job of that many nodes, from what is in ``store``, and where its generation ``end`` is durable then."""
+        ours = self._jobs.directory / f"{self._name}-store-{number}"
+        ours.mkdir()
+        for each in store.glob("*/") if store is not None else ():
+            shutil.copytree(each, ours / each.name)
+        more = ["--deadpool-durable-dir", str(ours), "--deadpool-durable-interval", str(end or 1000)]
+        more += ["--deadpool-resume", "auto"] if store is not None else []
+        job = self._start(f"{self._name}-{number}", nodes, *more)
+        if end is None:
+            job.hold(None)
+            return job.finished(300), ours
+        job.hold(end + 1)
+        job.until("its generation", lambda: end in {event["iteration"] for event in job.events("durable")})
+        job.kill_everything()
+        return job, ours

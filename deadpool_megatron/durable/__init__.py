@@ -7,7 +7,7 @@ agents nor Megatron.
 
 from .client import DrainerProcess
 from .errors import DurableError, NoRoom, NotFit, Unreachable, Unreadable
-from .files import find, read_constants_items, read_items, read_manifest
+from .files import find, read_manifest
 from .format import (
     FORMAT,
     Coordinate,
@@ -26,12 +26,12 @@ from .format import (
 from .lease import Lease, this_process
 from .loading import load_constants, load_shards
 from .orders import Answer, Cancel, Done, Drain, Seal, Stage, Staged, Take
-from .recut import read_recut
+from .recut import DirectorySource, Source, read_recut, read_whole
 from .start import Survey, begin, go_on
 from .store import Store, open_store
 
-__all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "Done", "Drain", "DrainerProcess", "DurableError"]
-__all__ += ["Item", "Layout", "Lease", "Manifest", "NoRoom", "NotFit", "Piece", "Seal", "ShardFile", "Stage", "Staged"]
-__all__ += ["Store", "Survey", "Take", "Unreachable", "Unreadable", "begin", "differing", "directory_name", "find"]
-__all__ += ["go_on", "load_constants", "load_shards", "not_fit", "open_store", "read_constants_items", "read_items"]
-__all__ += ["read_manifest", "read_recut", "settings_note", "split_small", "this_process", "trailer_of"]
+__all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "DirectorySource", "Done", "Drain", "DrainerProcess"]
+__all__ += ["DurableError", "Item", "Layout", "Lease", "Manifest", "NoRoom", "NotFit", "Piece", "Seal", "ShardFile"]
+__all__ += ["Source", "Stage", "Staged", "Store", "Survey", "Take", "Unreachable", "Unreadable", "begin", "differing"]
+__all__ += ["directory_name", "find", "go_on", "load_constants", "load_shards", "not_fit", "open_store"]
+__all__ += ["read_manifest", "read_recut", "read_whole", "settings_note", "split_small", "this_process", "trailer_of"]

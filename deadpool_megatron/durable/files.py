@@ -256,28 +256,19 @@ def read_shard(
 
     Raises Damaged (the memory holds garbage then), OSError.
     """
-    return _read(store, f"{directory}/{shard.file}", shard.rank, shard, _in_one_range(place), check)
+    return _read(store, f"{directory}/{shard.file}", shard, _in_one_range(place), check)
 
 
-def read_items(store: Store, directory: str, shard: ShardFile, take: Callable[[Item, memoryview], None]) -> bytes:
-    """Read one coordinate's file an item at a time, with no more memory than the largest one; returns its small state.
+def read_items(
+    store: Store, name: str, told_of: ShardFile | ConstantsFile, take: Callable[[Item, memoryview], None]
+) -> bytes:
+    """Read the file ``name`` an item at a time, with no more memory than the largest one; returns its small state.
 
     Args:
         take: given each item and its bytes, which it has until it returns.
 
     Raises Damaged, when all has been taken, for a file that has changed; OSError.
     """
-    return _one_by_one(store, f"{directory}/{shard.file}", shard.rank, shard, take)
-
-
-def read_constants_items(store: Store, file: ConstantsFile, take: Callable[[Item, memoryview], None]) -> None:
-    """Read what never changes, as `read_items`."""
-    _one_by_one(store, file.path, 0, file, take)
-
-
-def _one_by_one(
-    store: Store, name: str, rank: int, told_of: ShardFile | ConstantsFile, take: Callable[[Item, memoryview], None]
-) -> bytes:
     memory, small = bytearray(), bytearray()
     read: Item | None = None  # its bytes are in ``memory``
 
@@ -297,20 +288,28 @@ def _one_by_one(
         small = bytearray(header.small_bytes)
         return next_one, memoryview(small)
 
-    _read(store, name, rank, told_of, place, lambda: None)
+    _read(store, name, told_of, place, lambda: None)
     hand_over()
     return bytes(small)
 
 
-def read_header(store: Store, directory: str, shard: ShardFile) -> ShardHeader:
-    """What one coordinate's file consists of. Raises Damaged, OSError."""
-    where = f"{store.root}/{directory}/{shard.file}"
-    with contextlib.closing(store.open(f"{directory}/{shard.file}")) as file:
+def read_header(store: Store, name: str, told_of: ShardFile | ConstantsFile) -> ShardHeader:
+    """What the file ``name`` consists of. Raises Damaged, OSError."""
+    where = f"{store.root}/{name}"
+    with contextlib.closing(store.open(name)) as file:
         start = file.read(8)
         rest = bytearray()
         while len(rest) < (length := header_length(start, where)) and (block := file.read(length - len(rest))):
             rest += block
-    return parse_header(start, bytes(rest), where)
+    header = parse_header(start, bytes(rest), where)
+    _check(header, told_of, where)
+    return header
+
+
+def _check(header: ShardHeader, told_of: ShardFile | ConstantsFile, where: str) -> None:
+    rank = told_of.rank if isinstance(told_of, ShardFile) else 0
+    if header.rank != rank or header.layout.digest != told_of.layout or header.nbytes != told_of.nbytes:
+        raise Damaged(f"{where} is not the file its manifest describes")
 
 
 def read_constants(
@@ -320,7 +319,7 @@ def read_constants(
     check: Callable[[], None] = lambda: None,
 ) -> ShardHeader:
     """Read what never changes, as `read_shard`."""
-    return _read(store, file.path, 0, file, _in_one_range(place), check)
+    return _read(store, file.path, file, _in_one_range(place), check)
 
 
 def _in_one_range(place: Callable[[ShardHeader], tuple[memoryview, memoryview]]) -> _Place:
@@ -332,12 +331,7 @@ def _in_one_range(place: Callable[[ShardHeader], tuple[memoryview, memoryview]])
 
 
 def _read(
-    store: Store,
-    name: str,
-    rank: int,
-    told_of: ShardFile | ConstantsFile,
-    place: _Place,
-    check: Callable[[], None],
+    store: Store, name: str, told_of: ShardFile | ConstantsFile, place: _Place, check: Callable[[], None]
 ) -> ShardHeader:
     where = f"{store.root}/{name}"
     told = _Digest()
@@ -358,8 +352,7 @@ def _read(
         rest = bytearray(header_length(bytes(start), where))
         fill(memoryview(rest))
         header = parse_header(bytes(start), bytes(rest), where)
-        if header.rank != rank or header.layout.digest != told_of.layout or header.nbytes != told_of.nbytes:
-            raise Damaged(f"{where} is not the file its manifest describes")
+        _check(header, told_of, where)
         place_of, small = place(header)
         for item in header.layout.items:
             fill(place_of(item))

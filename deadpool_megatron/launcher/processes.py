@@ -126,6 +126,7 @@ def coordinator_settings(
         when_out_of_spares=c.when_out_of_spares,
         spare_check_s=c.spare_check if c.deadpool else 0.0,
         gather_s=gather_s(plan.nodes),
+        durable=DurableSpec("", "", resume=True) if c.deadpool and c.when_out_of_spares == "shrink" else None,
     )
     agent = agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name)
     return CoordinatorStart(

@@ -28,18 +28,20 @@ from deadpool_megatron.cluster.agent.workers import ADOPTED, BEGAN
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.comm import Communicators, StoreClients, is_communication_error
 from deadpool_megatron.compat import UserError
+from deadpool_megatron.durable import Source
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
 from deadpool_megatron.megatron.host import Call, Host
+from deadpool_megatron.megatron.in_memory import in_memory
 from deadpool_megatron.megatron.muster import Muster, meet_before_launches, meet_before_replays
 from deadpool_megatron.megatron.registration import register_nothing
 from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.standby import RunningJob, numa_node, publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
-from deadpool_megatron.megatron.width import CannotRead, OtherWidth
+from deadpool_megatron.megatron.width import CannotRead, OtherWidth, in_directory
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import EpochClosed, Patience, Redo, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.support import (
@@ -190,7 +192,7 @@ class Hooks:
         if self.standby and self.communicators.table_digest() == self._groups:
             # All groups of the job are there: they can form while the model is built and the lost shard comes.
             self.session.stand_by(torch.distributed.get_rank())
-        if self.config.durable_dir:
+        if self.config.durable_dir or self.config.when_out_of_spares == "shrink":
             self.session.describe(torch.distributed.get_rank(), describe_job(self.host.args))
 
     def open_outlet(self, call: Call) -> None:
@@ -222,9 +224,9 @@ class Hooks:
         if agreed.generation >= 0:
             note = agreed.note
             self.durable = agreed
-            if agreed.recut:
+            if agreed.recut or agreed.memory:
                 with self._begun_with():
-                    other = self.other_width = OtherWidth(self.config.durable_dir, agreed.recut, self.host.args)
+                    other = self.other_width = OtherWidth(self._source(agreed), self.host.args)
                 self.durable, note = msgspec.structs.replace(agreed, constants=other.constants), other.note
             if note and torch.distributed.get_rank() == 0:
                 print(f"deadpool: {note}", flush=True)
@@ -232,6 +234,10 @@ class Hooks:
             raise UserError(f"--deadpool-export: there is no durable generation in {self.config.durable_dir}")
         if self.config.export:
             self.host.save_into(self.config.export)
+
+    def _source(self, agreed: r.Generation) -> Source:
+        """Where the shards of another number of replicas are."""
+        return in_memory(agreed.memory) if agreed.memory else in_directory(self.config.durable_dir, agreed.recut)
 
     def load_checkpoint(self, call: Call, model: list[Any]) -> Any:
         durable = self.durable
@@ -322,6 +328,8 @@ class Hooks:
         if self.durable is not None:
             with self._begun_with():
                 trainer.resume(self.durable, self.other_width)
+            if self.other_width is not None:
+                self.other_width.close()
                 self.other_width = None
         restarts = waits_for_nodes(args, int(os.environ["LOCAL_WORLD_SIZE"]))
         trainer.register(can_rescue and not restarts, restarts)

@@ -1,16 +1,17 @@
-"""A durable generation of another number of replicas: what this rank takes of it, which it reads itself.
+"""A generation of another number of replicas: what this rank takes of it, which it reads itself.
 
-No vault holds it, since nobody but the rank knows what its shard will consist of. The optimizer's tensors come from the
-shards of all replicas that had them (`durable.recut`); all else is alike on replicas, and comes from the first one, as
-Megatron's own checkpoints have it.
+Its own vault does not hold it, since nobody but the rank knows what its shard will consist of. The optimizer's tensors
+come from the shards of all replicas that had them (`durable.recut`); all else is alike on replicas, and comes from the
+first one, as Megatron's own checkpoints have it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -18,17 +19,17 @@ from megatron.core import parallel_state
 
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.durable import (
+    DirectorySource,
     DurableError,
-    Item,
     Layout,
+    Manifest,
     NotFit,
+    Source,
     differing,
-    not_fit,
     open_store,
-    read_constants_items,
-    read_items,
     read_manifest,
     read_recut,
+    read_whole,
     settings_note,
 )
 from deadpool_megatron.megatron.description import describe_job, layout_of
@@ -36,6 +37,7 @@ from deadpool_megatron.megatron.host import Host
 from deadpool_megatron.megatron.pieces import pieces_of, trained_parameters
 from deadpool_megatron.megatron.same_model import WIDTH
 from deadpool_megatron.snapshot import ShardPlan, decode, encode
+from deadpool_megatron.vault import VaultError, constants_of
 
 _SMALL: Final = "small."  # copies of what a device holds besides the optimizer's state (`small_state`)
 # By the name of a setting: a value with which the samples of a batch, or the state of a rank, follow from the width.
@@ -52,7 +54,6 @@ _SCHEDULED: Final[tuple[tuple[str, Callable[[Any], bool]], ...]] = (
 )
 _PATIENCE_S: Final = 10.0  # with a directory that cannot be read
 _AGAIN_S: Final = 0.5
-_T = TypeVar("_T")
 
 
 def widths_below(host: Host, layout: Layout, small: bytes, first: bool) -> list[int]:
@@ -113,82 +114,81 @@ class CannotRead(UserError):
     """A generation that is there; another one may do."""
 
 
+def _patient[T](where: str, act: Callable[[], T]) -> T:
+    """Again after what may pass, for a while; ``act`` begins from its start. Raises CannotRead, NotFit."""
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return act()
+        except NotFit:
+            raise
+        except (DurableError, VaultError, OSError) as err:
+            passes = isinstance(err, OSError) or (isinstance(err, VaultError) and err.broken)
+            if not passes or time.monotonic() >= end:
+                raise CannotRead(f"{where} cannot be read: {err}") from None
+        time.sleep(_AGAIN_S)
+
+
+def in_directory(directory: str, name: str) -> DirectorySource:
+    """The generation ``name`` of a durable directory. Blocks for the disk. Raises CannotRead."""
+    store = open_store(directory)
+    return DirectorySource(store, _patient(f"{store.root}/{name}", lambda: read_manifest(store, name)))
+
+
 class OtherWidth:
     """One rank's view of such a generation.
 
     Args:
-        directory: the durable directory; ``name``: the generation's in it.
+        source: where it is; closed by `close`.
         args: Megatron's.
 
     Attributes:
-        small: the small state.
+        small: the small state, without what it says of layouts: those are of the other width.
         note: one line for the user, or none.
         constants: it has parameters that no optimizer holds.
 
-    Blocks for the disk. Raises UserError, in one line, for what cannot go on at another width, CannotRead for what
-    cannot be read.
+    Blocks for the disk and the network. Raises UserError, in one line, for what cannot go on at another width,
+    CannotRead for what cannot be read.
     """
 
-    def __init__(self, directory: str, name: str, args: Mapping[str, Any]) -> None:
-        self._store = open_store(directory)
-        self._where = f"{self._store.root}/{name}"
-        self._manifest = manifest = self._read(lambda: read_manifest(self._store, name))
-        job = msgspec.json.decode(describe_job(args))
+    def __init__(self, source: Source, args: Mapping[str, Any]) -> None:
+        self._source = source
         if why := _experts_cut_otherwise(args):
             raise self._not_fit(why)
         for setting, bound in _BOUND:
             if bound(value := args.get(setting)):
                 raise self._not_fit(f"with {setting} {value} it has to have as many replicas as that job")
-        for part in ("model", "batch"):
-            for setting, (there, here) in differing(manifest, job, part).items():
-                if setting not in WIDTH:
-                    raise self._not_fit(f"{setting} is {there} in it and {here} here")
-        self.note = settings_note(manifest, job)
+        self.note = "" if source.manifest is None else self._compare(source.manifest, args)
         mine = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
         cp, ep = parallel_state.get_context_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-        alike = [c for c in manifest.coordinates if (c.tp, c.pp) == mine]
+        alike = [c for c in source.coordinates if (c.tp, c.pp) == mine]
         alike.sort(key=lambda c: (c.ep != ep, c.cp != cp, c.dp, c.rank))
         if not alike or alike[0].ep != ep:
             raise self._not_fit("no rank in it has the same layers and experts")
         self._ranks = [c.rank for c in alike]
-        twin = manifest.shards[self._ranks[0]]
-        self._constants = twin.constants
-        self._staged: dict[str, bytes] = {}
-
-        def take(item: Item, data: memoryview) -> None:
-            if item.name.startswith(_SMALL):
-                self._staged[item.name] = bytes(data)
-
-        state = decode(self._read(lambda: read_items(self._store, name, twin, take)))
+        state = decode(self._read(lambda: source.small(self._ranks[0])))
+        state.pop("layouts", None)
         self._with_all_steps(state)
-        _put_valid_samples(state["args"], args, manifest.generation)
+        _put_valid_samples(state["args"], args, source.generation)
         self.small = encode(state)
+        self.constants = self._read(lambda: source.has_constants(self._ranks[0]))
 
-    @property
-    def constants(self) -> bool:
-        """See above."""
-        return self._constants is not None
+    def _compare(self, manifest: Manifest, args: Mapping[str, Any]) -> str:
+        job = msgspec.json.decode(describe_job(args))
+        for part in ("model", "batch"):
+            for setting, (there, here) in differing(manifest, job, part).items():
+                if setting not in WIDTH:
+                    raise self._not_fit(f"{setting} is {there} in it and {here} here")
+        return settings_note(manifest, job)
 
     def _not_fit(self, why: str) -> UserError:
-        return UserError(not_fit(self._manifest.generation, self._store.root, why))
+        return UserError(self._source.not_fit(why))
 
-    def _read(self, act: Callable[[], _T]) -> _T:
-        """Again after an OSError, which may pass, for a while; ``act`` begins from its start."""
-        end = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                return act()
-            except NotFit as err:
-                raise self._not_fit(str(err)) from None
-            except DurableError as err:
-                raise self._unreadable(err) from None
-            except OSError as err:
-                if time.monotonic() >= end:
-                    raise self._unreadable(err) from None
-            time.sleep(_AGAIN_S)
-
-    def _unreadable(self, err: Exception) -> CannotRead:
-        return CannotRead(f"{self._where} cannot be read: {err}")
+    def _read[T](self, act: Callable[[], T]) -> T:
+        try:
+            return _patient(self._source.where, act)
+        except NotFit as err:
+            raise self._not_fit(str(err)) from None
 
     def _with_all_steps(self, state: dict[str, Any]) -> None:
         """A fused optimizer counts no steps in a group of which this rank has nothing, and may have something now."""
@@ -201,53 +201,50 @@ class OtherWidth:
                     group["step"] = max(steps)
 
     def fill(self, plan: ShardPlan, model: list[Any], optimizer: Any) -> None:
-        """Make the tensors of this rank's shard those of the generation. Blocks for the disk. Raises UserError."""
-        tensors = {name: tensor for name, tensor, _, _ in plan.items()}
-
-        def put(name: str, at: int, data: memoryview) -> None:
-            tensor = tensors[name]
-            if not tensor.is_contiguous():
-                raise self._not_fit(f"{name} is not contiguous")
-            flat = tensor.view(-1).view(torch.uint8)
-            flat[at : at + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
-
+        """Make the tensors of this rank's shard those of the generation. Blocks as above. Raises UserError."""
         pieces = pieces_of(model, optimizer)
-        layout = layout_of(plan, pieces)
-        self._put_alike([item for item in layout.items if item.name.startswith(_SMALL)], put)
-        rest = tuple(item for item in layout.items if not item.name.startswith(_SMALL))
-        wanted = Layout(layout.unique_bytes, layout.digest, rest)
         # A replicated optimizer has all state on each rank, which writes a part that may end in a parameter.
         known = trained_parameters(model) | {piece.tensor for each in pieces.values() for piece in each}
-        self._read(lambda: read_recut(self._store, self._manifest, self._ranks, wanted, known, put))
-        self._staged.clear()
-
-    def _put_alike(self, items: list[Item], put: Any) -> None:
-        for item in items:
-            data = self._staged.get(item.name, b"")
-            if len(data) != item.nbytes:
-                raise self._not_fit(f"{item.name} has {len(data)} bytes in it and {item.nbytes} here")
-            if data:
-                put(item.name, 0, memoryview(bytearray(data)))
-        if left := self._staged.keys() - {item.name for item in items}:
-            raise self._not_fit(f"{min(left)} is in it, and not in this job")
+        wanted = layout_of(plan, pieces)
+        with _into(plan) as put:
+            self._read(lambda: read_recut(self._source, self._ranks, wanted, known, put, _is_small))
 
     def fill_constants(self, plan: ShardPlan) -> None:
         """Likewise of parameters that no optimizer holds."""
-        tensors = {name: tensor for name, tensor, _, _ in plan.items()}
-        if (constants := self._constants) is None:
+        if not self.constants:
             return
-        taken: set[str] = set()
-        here = {item.name: (item.dtype, item.shape) for item in layout_of(plan).items}
-
-        def take(item: Item, data: memoryview) -> None:
-            tensor = tensors.get(item.name)
-            if tensor is None or here[item.name] != (item.dtype, item.shape):
-                raise self._not_fit("it has other frozen parameters")
-            taken.add(item.name)
-            if data:
-                tensor.copy_(torch.frombuffer(bytearray(data), dtype=tensor.dtype).view(tensor.shape))
-
-        with torch.no_grad():
-            self._read(lambda: read_constants_items(self._store, constants, take))
-        if tensors.keys() - taken:
+        holder = constants_of(self._ranks[0])
+        layout = self._read(lambda: self._source.layout(holder))
+        there, here = ({item.name: (item.dtype, item.shape) for item in of.items} for of in (layout, layout_of(plan)))
+        if there != here:
             raise self._not_fit("it has other frozen parameters")
+        with _into(plan) as put:
+            self._read(lambda: read_whole(self._source, holder, layout, put))
+
+    def close(self) -> None:
+        """Everything is read."""
+        self._source.close()
+
+
+def _is_small(name: str) -> bool:
+    return name.startswith(_SMALL)
+
+
+@contextlib.contextmanager
+def _into(plan: ShardPlan) -> Iterator[Callable[[str, int, memoryview], None]]:
+    """Puts bytes into the tensors of a plan; those that are not contiguous have them at the end."""
+    tensors = {name: tensor for name, tensor, _, _ in plan.items()}
+    others: dict[str, torch.Tensor] = {}
+
+    def put(name: str, at: int, data: memoryview) -> None:
+        tensor = tensors[name]
+        if not tensor.is_contiguous():
+            if name not in others:
+                others[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensor = others[name]
+        flat = tensor.view(-1).view(torch.uint8)
+        flat[at : at + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+
+    yield put
+    for name, tensor in others.items():
+        tensors[name].copy_(tensor)

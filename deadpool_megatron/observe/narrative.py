@@ -172,6 +172,6 @@ def paragraph(r: Recovery, number: int, story: Story) -> str:
     if r.end in ("shrunk", "grown"):
         width, was = r.replicas
         why, of = ("No spare was left", "of") if width < was else ("Nodes had come", "instead of")
-        taken = f"{why}: the job began anew with {width} {of} {was} data-parallel replicas, from disk. "
+        taken = f"{why}: the job began anew with {width} {of} {was} data-parallel replicas. "
         return head + taken + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)
     return head + _who_took_over(r) + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)

@@ -1,14 +1,16 @@
 """The vault: shards in node-owned host memory that outlives the workers, kept on several nodes.
 
 The agent makes a `Vault`, serves it with a `VaultServer` and sends with a `Replicator`; a worker writes and reads its
-own arena with a `SlotWriter`; `fetch` brings a lost shard back; `CommitLedger` is the coordinator's part.
+own arena with a `SlotWriter`; `fetch` brings a lost shard back; `Copies` reads parts of the shards of a job that begins
+anew; `CommitLedger` is the coordinator's part.
 """
 
 from .arena import Arena, Kind, Slot
 from .discipline import CommitLedger, Told
-from .errors import ChecksumMismatch, NotHeld, StaleEpoch, VaultError, VaultFull, as_vault_error
+from .errors import ChecksumMismatch, NotHeld, StaleEpoch, Unreadable, VaultError, VaultFull, as_vault_error
 from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes, parse_cpus
+from .reading import Copies
 from .rebuild import Piece, RebuildFailed, rebuild
 from .replicator import Replicator
 from .scratch import Scratch
@@ -23,9 +25,9 @@ from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_
 from .writer import ConstantsWriter, SlotWriter
 
 __all__ = ["CONSTANT", "EMPTY", "MAX_GENERATION", "PREFIX", "Arena", "ChecksumMismatch", "CommitLedger"]
-__all__ += ["ConstantsWriter", "Kind", "NotHeld", "PartTo", "Piece", "RebuildFailed", "Replicator", "Scratch"]
-__all__ += ["Scrubber", "SendPace", "Slot", "SlotWriter", "StaleEpoch", "Stripes", "Target", "Told", "Vault"]
-__all__ += ["VaultError", "VaultFull", "VaultServer", "Version", "WordPlan", "as_vault_error", "choose_transport"]
-__all__ += ["clean_leftovers", "constants_of", "exchange", "fetch", "huge_bytes", "is_constants", "make_transport"]
-__all__ += ["numa_node_of_device", "numa_node_of_process", "numa_nodes", "own_copy", "owner_of", "parse_cpus"]
-__all__ += ["process_alive", "process_start", "rebuild", "small_capacity", "store_shard", "unpack"]
+__all__ += ["ConstantsWriter", "Copies", "Kind", "NotHeld", "PartTo", "Piece", "RebuildFailed", "Replicator", "Scratch"]
+__all__ += ["Scrubber", "SendPace", "Slot", "SlotWriter", "StaleEpoch", "Stripes", "Target", "Told", "Unreadable"]
+__all__ += ["Vault", "VaultError", "VaultFull", "VaultServer", "Version", "WordPlan", "as_vault_error"]
+__all__ += ["choose_transport", "clean_leftovers", "constants_of", "exchange", "fetch", "huge_bytes", "is_constants"]
+__all__ += ["make_transport", "numa_node_of_device", "numa_node_of_process", "numa_nodes", "own_copy", "owner_of"]
+__all__ += ["parse_cpus", "process_alive", "process_start", "rebuild", "small_capacity", "store_shard", "unpack"]

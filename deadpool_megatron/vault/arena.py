@@ -29,7 +29,7 @@ import xxhash
 
 from .errors import ChecksumMismatch, VaultError, VaultFull
 from .leftovers import MAGIC, PAGE, is_left
-from .memory import populated
+from .memory import give_back, populated
 from .version import CONSTANT, EMPTY, Version, is_constants, unpack
 from .words import Words
 
@@ -251,6 +251,7 @@ class Arena:
         epoch: the job's; who opens a slot for an older one is refused. Stored by the agent.
         links_busy: not 0 while training uses the links between the nodes: senders stay out of the way. By the worker.
         view: all bytes.
+        freed_bytes: of its memory that it has no more; see `end`.
     """
 
     kept = _Word(_W_KEPT)
@@ -269,6 +270,7 @@ class Arena:
         self.info = ArenaInfo(path, words[_W_RANK], KINDS[words[_W_KIND]], words[_W_UNIQUE], words[_W_SMALL], size)
         self.chunk_bytes: int = words[_W_CHUNK]
         self._count = 1 if self.info.constant else 2
+        self.freed_bytes = 0
         self.slots = tuple(self._slot(i) for i in range(self._count))
 
     @staticmethod
@@ -343,7 +345,7 @@ class Arena:
         info, chunk = self.info, self.chunk_bytes
         sums_words = 1 + -(-info.unique_bytes // chunk)
         table = _round(8 * sums_words)
-        data = PAGE + self._count * table + index * (_round(info.small_capacity) + _round(info.unique_bytes))
+        data, _ = self._data(index)
         unique = data + _round(info.small_capacity)
         base = _W_SLOTS + index * _SLOT_WORDS
         return Slot(
@@ -354,6 +356,31 @@ class Arena:
             self.view[unique : unique + info.unique_bytes],
             chunk,
         )
+
+    def _data(self, index: int) -> tuple[int, int]:
+        """Where a slot's bytes begin, and how many there are, in whole pages."""
+        info = self.info
+        table = _round(8 * (1 + -(-info.unique_bytes // self.chunk_bytes)))
+        size = _round(info.small_capacity) + _round(info.unique_bytes)
+        return PAGE + self._count * table + index * size, size
+
+    @property
+    def mapped(self) -> bool:
+        """It is a file's memory."""
+        return isinstance(self._map, mmap.mmap)
+
+    def end(self, slot: Slot) -> None:
+        """The memory of a slot, for the life of the arena, is to be given back; by the agent.
+
+        Its turn is over before its bytes are: who reads them finds that. Nobody may write to it any more.
+        """
+        slot.reopen(EMPTY)
+        self.freed_bytes += self._data(slot.index)[1]
+
+    def give_back(self, slot: Slot) -> None:
+        """After `end`. Blocks for it."""
+        if isinstance(self._map, mmap.mmap) and not give_back(self._map, *self._data(slot.index)):
+            self.freed_bytes -= self._data(slot.index)[1]
 
     @property
     def address(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class VaultError(RuntimeError):
     """A vault cannot do what was asked. The message is one line: what is wrong, where, what to do.
@@ -50,6 +52,19 @@ class ChecksumMismatch(VaultError):
     """Bytes of a shard are not those that were written; they must not be used."""
 
     changed = True
+
+
+class Unreadable(VaultError):
+    """None of those that should have a copy could give what was asked for.
+
+    Attributes:
+        reasons: by (host, port), what has failed last with each of them.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[tuple[str, int], VaultError]) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons)
+        self.broken = any(each.broken for each in reasons.values())
 
 
 class Refused(VaultError):

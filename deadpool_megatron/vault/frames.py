@@ -18,6 +18,8 @@ Word = Annotated[int, msgspec.Meta(ge=0)]  # msgpack integers end at 64 bits
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=MAX_EPOCH)]
 Generation = Annotated[int, msgspec.Meta(ge=0, le=MAX_GENERATION)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
+MAX_RUNS: Final = 1024
+Runs = Annotated[list[tuple[Unsigned, Unsigned]], msgspec.Meta(max_length=MAX_RUNS)]
 
 
 class Window(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,6 +122,9 @@ class Fetch(_Frame, frozen=True):
 
     With ``parity`` it is the parity of the word ``rank`` that is wanted, and its records in the place of a small state.
     ``direct``: I can read through a window. ``doubted``: it has arrived changed before.
+
+    With ``runs`` (not with a part, and never through a window) only those entries of the checksum table are wanted, as
+    ascending [first, end); entry 0 is the small state. No run at all asks for the sizes alone.
     """
 
     rank: Unsigned
@@ -130,10 +135,14 @@ class Fetch(_Frame, frozen=True):
     parity: bool = False
     direct: bool = False
     doubted: bool = False
+    runs: Runs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Found(_Frame, frozen=True):
-    """Holder to restorer: sizes and checksums of the part; its payload follows, or can be read through ``window``."""
+    """Holder to restorer: sizes, and checksums of the part or the runs.
+
+    The payload follows, or can be read through ``window``.
+    """
 
     unique_bytes: Unsigned
     small_capacity: Unsigned

@@ -65,13 +65,15 @@ class Keeper:
         arena = self._memory(begin)
         if arena.find(version) is not None:
             return None
-        index = choose([slot.pair for slot in arena.slots], version.pack(), arena.kept, arena.floor)
-        if index is None or begin.small_bytes > len(arena.slots[index].small):
-            raise Refused(f"no slot for {tuple(version)} of rank {begin.rank} may be overwritten here", "no-slot")
-        slot = arena.slots[index]
-        slot.reopen(version.pack())
-        slot.small_bytes = begin.small_bytes
-        return slot
+        with self._vault.opening(arena) as ours:
+            pairs = [slot.pair for slot in arena.slots]
+            index = choose(pairs, version.pack(), arena.kept, arena.floor) if ours else None
+            if index is None or begin.small_bytes > len(arena.slots[index].small):
+                raise Refused(f"no slot for {tuple(version)} of rank {begin.rank} may be overwritten here", "no-slot")
+            slot = arena.slots[index]
+            slot.reopen(version.pack())
+            slot.small_bytes = begin.small_bytes
+            return slot
 
     def check_share(self, share: Share) -> Stripes:
         """Whether a part of a shard that is offered belongs into parity here; learns what its owner knows.

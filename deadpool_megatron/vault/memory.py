@@ -49,6 +49,18 @@ def _populate(mapped: mmap.mmap) -> bool:
     return all(madvise(start + at, min(_STEP, len(mapped) - at), _POPULATE_WRITE) == 0 for at in steps)
 
 
+def give_back(mapped: mmap.mmap, start: int, size: int) -> bool:
+    """Give pages of a mapped file back to its file system, which has a hole there; False where it cannot do that.
+
+    Not by `mmap.madvise`, which keeps the GIL, and in steps, as `_populate`. ``start`` and ``size``: whole pages.
+    """
+    first = ctypes.addressof(ctypes.c_char.from_buffer(mapped)) + start
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    steps = range(0, size, _STEP)
+    return all(madvise(first + at, min(_STEP, size - at), mmap.MADV_REMOVE) == 0 for at in steps)
+
+
 def huge_bytes(*paths: str) -> int:
     """How many bytes of this process's mappings of ``paths`` are in huge pages."""
     with open("/proc/self/smaps") as smaps:  # the kernel walks all pages for it: once

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
+import msgspec
+
 from deadpool_megatron import points
 
 from .arena import Kind, Slot
@@ -357,6 +359,8 @@ class VaultServer:
         self._keeper.check_epoch(wanted.epoch, f"fetch of rank {wanted.rank}")
         if wanted.part >= wanted.parts:
             raise Refused(f"there is no part {wanted.part} of {wanted.parts}", "protocol")
+        if wanted.runs is not msgspec.UNSET and wanted.parts != 1:
+            raise Refused("either a part is wanted or single runs of entries", "protocol")
         vault = self._vault
         kinds: tuple[Kind, ...] = ("parity",) if wanted.parity else ("own", "peer")
         arena, slot = vault.find(wanted.rank, Version(wanted.version_epoch, wanted.generation), kinds)

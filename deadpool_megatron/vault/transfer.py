@@ -20,6 +20,7 @@ from .errors import (
     LandingLost,
     Malformed,
     NotHeld,
+    Refused,
     StaleEpoch,
     TransferFailed,
     VaultError,
@@ -247,6 +248,9 @@ def read_doubted(arena: Arena, slot: Slot, damaged: Callable[[int, Kind, Version
 
 def give(channel: Channel, vault: Vault, wanted: Fetch, arena: Arena, slot: Slot, direct: Direct | None = None) -> None:
     """Answer a `Fetch` with (a part of) the shard in ``slot``: sent, or left to be read if both sides can."""
+    if wanted.runs is not msgspec.UNSET:
+        _give_runs(channel, vault, wanted, wanted.runs, arena, slot)
+        return
     turn, info, chunk = slot.turn, arena.info, arena.chunk_bytes
     entries = part_entries(slot.chunks, wanted.part, wanted.parts)
     window = None
@@ -274,6 +278,29 @@ def give(channel: Channel, vault: Vault, wanted: Fetch, arena: Arena, slot: Slot
             entries = entries[1:]
         if entries:
             channel.send_raw(slot.unique[(entries[0] - 1) * chunk : entries[-1] * chunk])
+    channel.send(Sent(vault.epoch, slot.turn == turn))
+
+
+def _give_runs(
+    channel: Channel, vault: Vault, wanted: Fetch, runs: Sequence[tuple[int, int]], arena: Arena, slot: Slot
+) -> None:
+    """Answer a `Fetch` of single runs of entries. Raises Refused when they do not fit the table, NotHeld."""
+    turn, info, chunk, small_bytes = slot.turn, arena.info, arena.chunk_bytes, slot.small_bytes
+    before = 0
+    for first, end in runs:
+        if not before <= first < end <= 1 + slot.chunks:
+            raise Refused(f"entries {first}:{end} of rank {wanted.rank} do not fit its {1 + slot.chunks}", "protocol")
+        before = end
+    sums = [int(slot.sums[entry]) for first, end in runs for entry in range(first, end)]
+    version = Version(wanted.version_epoch, wanted.generation)
+    if vault.find(wanted.rank, version)[1] is not slot or slot.turn != turn:
+        raise NotHeld(f"{tuple(version)} of rank {wanted.rank} was overwritten while it was looked up")
+    # The sums are of that version, so what agrees with them is, too, whatever becomes of the slot meanwhile.
+    channel.send(Found(vault.epoch, info.unique_bytes, info.small_capacity, small_bytes, chunk, sums))
+    for first, end in runs:
+        if first == 0:
+            channel.send_raw(slot.small[:small_bytes])
+        channel.send_raw(slot.unique[(max(first, 1) - 1) * chunk : (end - 1) * chunk])
     channel.send(Sent(vault.epoch, slot.turn == turn))
 
 
@@ -334,10 +361,14 @@ def own_slot(intake: Intake, vault: Vault, rank: int, version: Version, unique_b
     arena = vault.arena(rank, "own")
     if arena is None:
         raise VaultError(f"the memory of rank {rank} was dropped while its shard was fetched")
-    candidates = [slot for slot in arena.slots if slot.begin != arena.kept or not slot.complete]
-    # First one that has the kept version and is broken: no worker may overwrite it, so it would be in the way for ever.
-    slot = min(candidates, key=lambda slot: (slot.begin != arena.kept, slot.begin != EMPTY, slot.sealed, slot.begin))
-    with vault.checking(rank), intake.allowed():  # what an older epoch had here may have been offered by now
+    # what an older epoch had here may have been offered by now, or set aside
+    with vault.checking(rank), intake.allowed(), vault.opening(arena) as ours:
+        if not ours:
+            raise VaultError(f"the memory of rank {rank} was dropped while its shard was fetched")
+        candidates = [slot for slot in arena.slots if slot.begin != arena.kept or not slot.complete]
+        # First one that has the kept version and is broken: no worker may overwrite it, so it would stay for ever.
+        order = lambda slot: (slot.begin != arena.kept, slot.begin != EMPTY, slot.sealed, slot.begin)  # noqa: E731
+        slot = min(candidates, key=order)
         slot.reopen(version.pack())
     return slot
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import msgspec
 import xxhash
@@ -14,7 +16,7 @@ from .errors import ChecksumMismatch, NotHeld, StaleEpoch, VaultError, VaultFull
 from .intake import Intakes
 from .leftovers import PREFIX
 from .memory import on_numa_node
-from .version import EMPTY, Version
+from .version import CONSTANT, EMPTY, Version
 
 _SMALL_UNIT = 1 << 16
 
@@ -74,6 +76,9 @@ class Vault:
         self.limit_bytes = limit_bytes
         self._create = create
         self._arenas: dict[tuple[int, Kind], Arena] = {}
+        self._aside: dict[int, tuple[Arena, Slot]] = {}  # without files: others may have their names by now
+        self._base: Version | None = None  # that is aside
+        self._freeing: threading.Thread | None = None
         self._lock = threading.RLock()  # never while memory is cleared: the agent's loop takes it
         self._making: dict[tuple[int, Kind], threading.Lock] = {}
         self._reserved: dict[tuple[int, Kind], int] = {}  # bytes of those that are being made
@@ -187,17 +192,90 @@ class Vault:
         with self._lock:
             return list(self._arenas.values())
 
+    @contextmanager
+    def opening(self, arena: Arena) -> Iterator[bool]:
+        """Whether ``arena`` is one of those there are now; in here it stays one. For what takes no time.
+
+        Who opens a slot in the agent does it in here: one that is set aside must not change.
+        """
+        with self._lock:
+            yield self._arenas.get((arena.info.rank, arena.info.kind)) is arena
+
     @property
     def bytes_allocated(self) -> int:
+        """Of memory, also of what is aside."""
         with self._lock:
-            return sum(arena.info.total_bytes for arena in self._arenas.values())
+            arenas = [*self._arenas.values(), *(arena for arena, _ in self._aside.values())]
+            return sum(arena.info.total_bytes - arena.freed_bytes for arena in arenas)
 
     def close(self) -> None:
-        """Drop everything, also what is still being made."""
+        """Drop everything, also what is aside and what is still being made."""
         with self._lock:
             self._closed = True
             for rank, kind in list(self._arenas):
                 self.drop(rank, kind)
+        self.let_go()
+
+    # ---- the base of a job that begins anew with other coordinates
+
+    def set_aside(self, base: Version, written: int) -> dict[int, tuple[Kind, ...]]:
+        """Keep what is complete here of a generation until `let_go`, out of the way of all else; drop all other memory.
+
+        What is aside is found (`find`) as ``base`` and served, never written again, and no holding; its rank may get
+        new memory. A base that is aside already stays as it is and nothing is added, since what has been made since is
+        of other coordinates; another base takes its place. Of an own and a peer copy the own one stays. Constants of
+        any holder are aside with it.
+
+        Args:
+            base: under which it is found: its generation, and the epoch in which it was chosen.
+            written: the epoch of the versions; -1: whichever a rank has of that generation, of no later epoch.
+
+        Tell the new epoch before, and `checksum` what workers have left. Returns `aside`.
+        """
+        base = Version(*base)
+        gone: list[Arena] = []
+        with self._lock:
+            if self._base != base:
+                gone += (arena for arena, _ in self._aside.values())
+                self._base = base
+                self._aside = {}
+                for kind in ("own", "peer"):
+                    for (rank, each), arena in self._arenas.items():
+                        if each == kind and rank not in self._aside and (slot := _held_fast(arena, base, written)):
+                            self._aside[rank] = arena, slot
+            stays = {id(slot) for _, slot in self._aside.values()}
+            for arena in self._arenas.values():
+                arena.unlink()
+            gone += self._arenas.values()
+            self._arenas.clear()
+        self._free([(arena, slot) for arena in gone for slot in arena.slots if id(slot) not in stays])
+        return self.aside
+
+    @property
+    def aside(self) -> dict[int, tuple[Kind, ...]]:
+        """By rank (or holder of constants), the kinds of complete copies that `set_aside` keeps."""
+        with self._lock:
+            return {rank: (arena.info.kind,) for rank, (arena, slot) in sorted(self._aside.items()) if slot.complete}
+
+    def let_go(self) -> None:
+        """Free what is aside; who still reads it finds that it is over."""
+        with self._lock:
+            gone, self._aside, self._base = self._aside, {}, None
+        self._free(list(gone.values()))
+
+    def _free(self, slots: list[tuple[Arena, Slot]]) -> None:
+        """Give memory back: it counts as free at once. In a thread, since that takes 0.1 s a GiB."""
+        for arena, slot in slots:
+            arena.end(slot)
+        if any(arena.mapped for arena, _ in slots):
+            work = partial(_give_back, slots)
+            self._freeing = threading.Thread(target=work, name="vault-free", daemon=True)
+            self._freeing.start()
+
+    def freed(self) -> None:
+        """Wait for the memory of the last `set_aside` or `let_go` to be free."""
+        if self._freeing is not None:
+            self._freeing.join()
 
     # ---- what the coordinator tells
 
@@ -266,7 +344,11 @@ class Vault:
         return Holdings({rank: tuple(sorted(held, key=order)) for rank, held in ranks.items()})
 
     def find(self, rank: int, version: Version, kinds: tuple[Kind, ...] = ("own", "peer")) -> tuple[Arena, Slot]:
-        """The arena and slot with a complete copy. Raises NotHeld; ChecksumMismatch of constants that have changed."""
+        """The arena and slot with a complete copy. Raises NotHeld; ChecksumMismatch of constants that have changed.
+
+        What is aside comes last, and constants that are aside are found under the base: under CONSTANT are those of the
+        present coordinates, which have the same numbers.
+        """
         changed = False
         with self._lock:
             for kind in kinds:
@@ -275,6 +357,9 @@ class Vault:
                 if arena is not None and slot is not None:
                     return arena, slot
                 changed |= arena is not None and arena.info.constant and arena.slots[0].damaged
+            aside = self._aside.get(rank) if version == self._base else None
+            if aside is not None and aside[1].complete and aside[0].info.kind in kinds:
+                return aside
         if changed:  # so that who asks knows that there are any
             raise ChecksumMismatch(f"constants of holder {rank} have changed in the memory of node {self.node}")
         raise NotHeld(f"the vault of node {self.node} does not hold version {tuple(version)} of rank {rank} completely")
@@ -296,6 +381,32 @@ class Vault:
             return False
         with self.checking(rank):
             return any([_checksum(slot, limit) for slot in arena.slots])
+
+
+def _give_back(slots: list[tuple[Arena, Slot]]) -> None:
+    while slots:  # one after the other is forgotten, so that its mapping goes too
+        arena, slot = slots.pop()
+        arena.give_back(slot)
+
+
+def _held_fast(arena: Arena, base: Version, written: int) -> Slot | None:
+    """The slot with what belongs to ``base``, complete: then no worker that still has it mapped can open one any more.
+
+    Arguments as of `Vault.set_aside`.
+    """
+    found: Version | None = None
+    for slot in arena.slots:
+        version = slot.version
+        if version is None or not slot.complete:
+            continue
+        fits = version.generation == base.generation and version.epoch <= base.epoch
+        if version == CONSTANT if arena.info.constant else fits and written in (-1, version.epoch):
+            found = version if found is None or version.pack() == arena.kept else found
+    if found is None:
+        return None
+    arena.kept = found.pack()
+    arena.epoch = EMPTY  # later than any
+    return arena.find(found)
 
 
 def _checksum(slot: Slot, limit: int | None) -> bool:

@@ -359,6 +359,11 @@ class SimulatedDurability(NodeDurability):
     def _now(self) -> float:
         return self._host.world.now
 
+    def _publish(self, data: bytes) -> str:
+        files = self._host.cluster.files
+        files[name := f"{len(files)}"] = data
+        return name
+
     def _in_background(self, name: str, work: Callable[[], float | None]) -> None:
         host = self._host
 

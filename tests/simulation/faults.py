@@ -105,7 +105,7 @@ class Faults:
         if self.profile.together:
             for _ in range(cluster.together.randint(1, 3)):
                 self._wait(*self._when(cluster.together), "workers together", self._kill_workers)
-        if cluster.job.durable is not None:
+        if cluster.durable is not None:
             self._draw_durable()
         draws = cluster.packets
         if cluster.packet_kinds:

@@ -311,7 +311,7 @@ class Headquarters:
     def _with_directory(self) -> tuple[JobSpec, DirectoryLease | None]:
         """As `launcher.node`: the first coordinator makes the durable directory its job's, later ones go on with it."""
         spec, store = self.job.durable, self.directory
-        if spec is None:
+        if spec is None or not spec.directory:
             return self.job, None
         kept = read_state(self.disk) if self.lives else None
         world_size = self.job.world_size if kept is None else kept["members"]["world_size"]

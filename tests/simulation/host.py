@@ -197,7 +197,8 @@ class Host:
         self.room = True  # there is memory for shards that are fetched
         config = DeadpoolConfig(
             True, lease=job.deadlines.lease, redundancy=job.redundancy, hang_floor=cluster.hang_floor,
-            hang_outside=cluster.hang_outside, durable_dir=DIRECTORY * (job.durable is not None),
+            hang_outside=cluster.hang_outside, durable_dir=DIRECTORY * (cluster.durable is not None),
+            when_out_of_spares=job.when_out_of_spares,  # type: ignore[arg-type]
             abort_deadline=job.deadlines.abort, build_deadline=job.deadlines.build,
         )  # fmt: skip
         settings = AgentSettings(

@@ -64,7 +64,7 @@ class DirectoryOracle:
 
     def durable(self, generation: int, name: str) -> None:
         """The user is told that a generation is durable."""
-        spec = self._cluster.job.durable
+        spec = self._cluster.durable
         assert spec is not None
         self._durable = [(generation, name), *self._durable][: spec.keep]
 
@@ -163,6 +163,7 @@ class Oracle:
         self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: _Held | None = None
+        self._base: _Held | None = None  # what another number of ranks begins with, in memory
         self.constants_gone = False
         self._breaks = 0  # communicators that broke with every process alive, before the newest iteration
         self._undrained: Counter[str] = Counter()  # drains that failed in peace, by whose constants had changed
@@ -204,19 +205,24 @@ class Oracle:
         """Since which epoch there are as many ranks, and since they began with another generation: 0 for ever."""
         core = self._cluster.hq.core
         resized, durability = core.members.resized, core._durability
-        other = durability.only_recut and durability.base[0] != self._eras[-1].first  # what it began with was damaged
+        fresh = durability.only_recut and core.committed < 0
+        other = fresh and durability.base[0] != self._eras[-1].first  # what it began with was damaged
         return max(resized, core._start.epoch) if resized > self._eras[-1].epoch or (resized and other) else 0
 
     def _narrower(self, epoch: int) -> None:
         """Somebody knows that the job has fewer ranks since this epoch; perhaps not by the log, whose writer died."""
         core = self._cluster.hq.core
-        base = core._durability._recut[0]
-        written = self._eras[-1].epoch
+        memory, written = core._durability.memory, self._eras[-1].epoch
+        base = (memory.base.generation, "") if memory is not None else core._durability._recut[0]
+        if memory is not None:
+            written = memory.base.epoch
         with contextlib.suppress(KeyError, msgspec.DecodeError):  # it has been removed, or a fault has changed it
             written = msgspec.json.decode(self._cluster.directory.data[f"{base[1]}/{MANIFEST}"])["epoch"]
         before = next(era for era in reversed(self._eras) if era.epoch <= written).at(base[0])
         values = [self.recut(before, rank) for rank in range(len(core.assignment))]
         self._eras.append(_Era(epoch, base[0], [values]))
+        newest = self.safe or self._base
+        self._base = newest if memory is not None and newest is not None and newest.generation == base[0] else None
         self.committed, self.iteration, self.safe = -1, base[0] - 1, None
         self.saving = self._tracked = self._done_at = self._waits_since = None
         self.ends.clear()
@@ -331,6 +337,7 @@ class Oracle:
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
             case "shrunk" | "grown":
+                self._resumed = True
                 self._active = fields["nodes"]
                 self._resized(fields)
                 if event == "shrunk":
@@ -372,6 +379,10 @@ class Oracle:
             case "detected":
                 node = fields["node"]
                 self._stood_by[node] = fields.get("stood_by", False) and self._stood_by.get(node, True)
+            case "base_lost":
+                self._era(fields["epoch"])
+                if not self.base_lost():
+                    raise Violation(f"generation {fields['iteration']} in memory is given up, and it is there")
             case "durable_failed":
                 self._not_drained(fields["message"])
             case "durable":
@@ -477,7 +488,7 @@ class Oracle:
         for rank in range(self.ranks(version.epoch)):
             if rank not in held.copies:
                 raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
-        self.safe = held
+        self.safe, self._base = held, None
         self.committed, self._since, self._since_s = generation, 0, self._cluster.world.now
 
     def _held(self, generation: int, wanted: Callable[[Host, Version], bool]) -> _Held:
@@ -522,6 +533,15 @@ class Oracle:
                 return f"every holder of rank {rank} of generation {held.generation} is gone or damaged"
         return ""
 
+    def base_lost(self) -> bool:
+        """What another number of ranks begins with may be given up: nobody has all of it."""
+        if self._base is None:
+            return True
+        alive = (
+            any(self._good(node, slot, turn) for node, _, slot, turn in each) for each in self._base.copies.values()
+        )
+        return not all(alive) or len(self._base.copies) < self._eras[-2].ranks
+
     def _good(self, node: int, slot: Slot, turn: int) -> bool:
         return not self._gone(node) and self._whole(slot, turn)
 
@@ -551,11 +571,7 @@ class Oracle:
         holder = self._with_constants(rank.rank)
         if holder is not None:
             raise Violation(f"rank {rank.rank} is without its constants, which node {holder.node} has")
-        if (
-            self._cluster.job.durable is not None
-            and self.directory.whole() is not None
-            and self.directory.in_peace(40.0)
-        ):
+        if self._cluster.durable is not None and self.directory.whole() is not None and self.directory.in_peace(40.0):
             raise Violation(f"rank {rank.rank} is without its constants, which the durable directory has")
         self.constants_gone = True
 
@@ -571,7 +587,7 @@ class Oracle:
     def _none_left(self) -> bool:
         """Nobody has constants of some rank any more: each process that needs them finds so, a new one each time."""
         ranks = range(self.ranks())
-        durable = self._cluster.job.durable is not None and self.directory.whole() is not None
+        durable = self._cluster.durable is not None and self.directory.whole() is not None
         return self._cluster.constants and not durable and not all(map(self._with_constants, ranks))
 
     def _gone(self, node: int) -> bool:
@@ -580,7 +596,7 @@ class Oracle:
 
     def damages(self, slot: Slot, host: Host) -> None:
         """Bytes of a copy change in memory; what was read from the durable directory counts as a worker's end then."""
-        if self._cluster.job.durable is not None:
+        if self._cluster.durable is not None:
             self.dies(host.node)
         slot.unique[100:108] = b"\xff" * 8
         self._broken[id(slot), slot.turn] = slot
@@ -720,7 +736,7 @@ class Oracle:
 
     def _drained_at_last(self, message: str) -> None:
         """What is complete in memory is made durable before the job ends without a spare or a checkpoint."""
-        spec = self._cluster.job.durable
+        spec = self._cluster.durable
         assert spec is not None
         if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline):
             return
@@ -736,11 +752,11 @@ class Oracle:
     def _could_not_shrink(self, code: int, message: str) -> None:
         """The job has ended for want of a spare: no replica is left, or nothing that one could begin with."""
         cluster = self._cluster
-        spec = cluster.job.durable
-        assert spec is not None
-        durable = self.directory.whole() is not None and self.directory.in_peace(spec.deadline)
+        spec = cluster.durable
+        durable = spec is not None and self.directory.whole() is not None and self.directory.in_peace(spec.deadline)
+        there = self.safe is not None and not self.lost() and not self.saving
         width = self._fits(len(self._healthy()), self.ranks() // cluster.replica)
-        if durable and width and self.training:
+        if (durable or there or not self.base_lost()) and width and self.training:
             raise Violation(f"ended with {code} ({message}), and {width} replicas could have gone on")
 
     def end(self, code: int, message: str) -> None:
@@ -762,7 +778,7 @@ class Oracle:
             healthy = healthy if self.saving is None else self.saving
             if len(healthy) >= self.ranks() // cluster.job.slots_per_node:
                 raise Violation(f"ended with {code} ({message}), and {len(healthy)} nodes are healthy: {healthy}")
-            if code == Exit.NO_SPARE and cluster.job.durable is not None:
+            if code == Exit.NO_SPARE and cluster.durable is not None:
                 self._drained_at_last(message)
             if cluster.job.when_out_of_spares == "shrink":
                 self._could_not_shrink(code, message)

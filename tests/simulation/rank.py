@@ -6,17 +6,20 @@ import struct
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.durable import DurableError, Layout, read_items, read_manifest, trailer_of
+from deadpool_megatron.durable import DirectorySource, DurableError, Layout, read_manifest, trailer_of
 from deadpool_megatron.recovery import EpochClosed, Redo
 from deadpool_megatron.recovery.redo import Calls
 from deadpool_megatron.vault import (
     CONSTANT,
+    ChecksumMismatch,
     ConstantsWriter,
+    NotHeld,
     SlotWriter,
     VaultError,
     Version,
@@ -268,7 +271,7 @@ class Rank:
             if not rejoining:
                 yield from self._wait(lambda: self._supersede(self.joined) or self._is_agreed(self.joined))
         yield from self._request_arena()
-        if not rejoining and self._generation is not None and self._generation.recut:
+        if not rejoining and self._generation is not None and (self._generation.recut or self._generation.memory):
             yield from self._cut_anew(self._generation)
         elif not rejoining and self._generation is not None and self._generation.generation >= 0:
             yield from self._restore(self._generation)
@@ -620,20 +623,53 @@ class Rank:
         while True:
             yield from self._pause(0.005, 0.1)
             try:
-                manifest = read_manifest(cluster.directory, agreed.recut)
-                states = [
-                    _STATE.unpack(read_items(cluster.directory, agreed.recut, shard, lambda *item: None)[: _STATE.size])
-                    for shard in manifest.shards
-                ]
+                smalls = self._in_memory(agreed.memory) if agreed.memory else self._in_directory(agreed.recut)
+                states = [_STATE.unpack(small[: _STATE.size]) for small in smalls]
                 break
             except (DurableError, OSError) as err:
                 if isinstance(err, DurableError) or self.world.now > until:
+                    yield from self._refuse(agreed, str(err))
+                yield 0.5, None
+            except VaultError as err:
+                if not err.broken or self.world.now > until:
                     yield from self._refuse(agreed, str(err))
                 yield 0.5, None
         assert all(generation == agreed.generation for generation, _ in states), "wrong shards"
         self.value = cluster.oracle.recut([value for _, value in states], self.rank)
         self.live = self._small_generation = agreed.generation
         cluster.oracle.restored(self, agreed.generation)
+
+    def _in_directory(self, name: str) -> list[bytes]:
+        """The small states of all ranks of a durable generation."""
+        directory = self.host.cluster.directory
+        source = DirectorySource(directory, read_manifest(directory, name))
+        return [source.small(coordinate.rank) for coordinate in source.coordinates]
+
+    def _in_memory(self, file: str) -> list[bytes]:
+        """The same, of one in the nodes' memory."""
+        told = msgspec.msgpack.decode(self.host.cluster.files[file], type=r.InVaults)
+        version = Version(told.base_epoch, told.generation)
+        smalls = []
+        for coordinate in told.coordinates:
+            why: VaultError = NotHeld(f"nobody holds rank {coordinate.rank}")
+            for place in told.holders[coordinate.rank]:
+                giver = self.host.cluster.at(place.host)
+                try:
+                    if giver is not self.host:
+                        self.host.reach(giver)
+                    giver.shards.server.keeper.check_epoch(told.epoch, "a base")
+                    _, slot = giver.shards.vault.find(coordinate.rank, version)
+                    slot.verify()
+                    if self.host.cluster.network.garbles():
+                        raise ChecksumMismatch("what was read has arrived changed")
+                except VaultError as err:
+                    why = why if why.broken else err
+                else:
+                    smalls.append(bytes(slot.small[: slot.small_bytes]))
+                    break
+            else:
+                raise why
+        return smalls
 
     def _restore(self, agreed: r.Generation) -> Script:
         generation = agreed.generation

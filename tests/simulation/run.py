@@ -105,6 +105,7 @@ class Run:
         self.packets = random.Random(f"packets {seed}")  # likewise
         share = self.packets.random() < PACKET_SHARE
         self.packet_kinds = [k for k in PACKET_KINDS if (k in profile.only if profile.only else share)]
+        self.files: dict[str, bytes] = {}  # that agents give to their workers
         self.name = name = "sim" if beside is None else _RIVAL
         self.directory = Directory(world, name, None if beside is None else beside.directory)
         self.rival: Rival | None = None
@@ -124,6 +125,8 @@ class Run:
             even = shrinks.random() < 0.2  # other numbers of replicas would have counts of microbatches that differ
             self.widths = [each for each in range(1, width) if not even or width % each == 0]
             self.iterations += shrinks.randint(0, 30)
+            if random.Random(f"memory {seed}").random() < 0.4:
+                self.job = replace(self.job, durable=DurableSpec("", "", resume=True))
         if profile.rehearsals:
             self.job = replace(self.job, rehearsals=random.Random(f"rehearsals {seed}").randint(1, 2))
         self.together = random.Random(f"together {seed}, what")
@@ -145,7 +148,7 @@ class Run:
         self._pids = 100
         if beside is not None:
             self.oracle.directory.found(beside.oracle.directory)
-        elif self.job.durable is not None and self.draws.random() < 0.3:
+        elif self.durable is not None and self.draws.random() < 0.3:
             self._begin_with(self.draws.randint(1, 8))
         self.hq = Headquarters(
             world,
@@ -171,12 +174,18 @@ class Run:
         if beside is None and self.job.durable is not None and (profile.rivals or (share and profile.rivals is None)):
             self.rival = Rival(self, seed, profile, draws.uniform(0.0, 40.0))
 
+    @property
+    def durable(self) -> DurableSpec | None:
+        """What the job does about its durable directory; None: it has none."""
+        spec = self.job.durable
+        return spec if spec is not None and spec.directory else None
+
     def _draw_rare(self, seed: int) -> None:
         """What would be too rare, or too much, among the others; from its own chance."""
         draws = random.Random(f"rare {seed}")
         if draws.random() < 0.1:
             self.saving_fails = draws.choice(("error", "hangs"))
-        if self.job.durable is not None and draws.random() < 0.1:
+        if self.durable is not None and draws.random() < 0.1:
             self.faults.change_what_is_read()
         moves = random.Random(f"moves {seed}")
         only, share = self.faults.profile.only, moves.random() < MOVES_SHARE
@@ -218,7 +227,7 @@ class Run:
         """For people."""
         job = self.job
         waits = f", waits {job.wait_for_spare_s:.0f} s for a spare" if job.wait_for_spare_s else ""
-        durable = f", durable every {job.durable.interval}" if job.durable is not None else ""
+        durable = f", durable every {self.durable.interval}" if self.durable is not None else ""
         durable += f", replicas of {self.replica} become fewer" * bool(self.widths)
         return (
             f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"

@@ -351,6 +351,7 @@ class SimulatedShards(Shards):
         self.stripes = None if scheme.mirror else _Stripes(scheme.k, scheme.m)
         self.server = _Server(self.vault, self.stripes)  # type: ignore[assignment]
         self._peers = {}
+        self._secret, self._base = b"", None
         self._replicator = _Replicator(host, self.vault, self._committed)  # type: ignore[assignment]
         self._told_sent = {}
         self.durable_constants = None

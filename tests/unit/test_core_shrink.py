@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +29,23 @@ def job(nodes: int = 3, spares: int = 0, slots: int = 1, replica: int = 1, **mor
     return it
 
 
-def drain(it: SimulatedJob, error: str = "") -> None:
-    """What a recovery does up to the end of its last drain."""
+def drain(it: SimulatedJob, without: Sequence[int] = ()) -> None:
+    """What a recovery does up to the start with fewer replicas; nobody holds the shards of ranks ``without``."""
     it.arrive()
     it.prepare()
-    write(it, error)
+    answer(it, without)
+
+
+def answer(it: SimulatedJob, without: Sequence[int] = (), nodes: Sequence[int] | None = None) -> None:
+    """All (or these) say what they hold of what the job begins with: two nodes hold each shard, and no other has it."""
+    memory = it.core._durability.memory
+    assert memory is not None
+    ranks = range(len(memory.coordinates))
+    there = [node for node in it.core.members.present() if it.core.nodes[node].agent_pid]
+    for place, node in enumerate(there):
+        held = [rank for rank in ranks if (rank - place) % len(there) < 2 and rank not in without]
+        if nodes is None or node in nodes:
+            it.feed(r.SetAside(it.core.epoch, node, held, []))
 
 
 def write(it: SimulatedJob, error: str = "") -> None:

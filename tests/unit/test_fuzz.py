@@ -255,6 +255,7 @@ def _frames() -> list[frames.Frame]:
         frames.Complete(0),
         frames.Fetch(0, 0, 0, 5, 0, 1),
         frames.Fetch(0, 0, 0, 5, 0, 1, direct=True),
+        frames.Fetch(0, 0, 0, 5, 0, 1, runs=[(0, 1), (2, 5)]),
         frames.Begun(0, False, direct=True),
         frames.Stored(0),
         frames.Sent(0, True),
@@ -311,11 +312,14 @@ def test_nonsense_in_well_sealed_frames_never_touches_what_is_committed(vaults: 
         sender = wire.Channel(ours, Deadlines(), bytes(32), False)
         for _ in range(chance.randrange(1, 4)):
             frame = chance.choice(_frames())
-            changed = {
+            changed: dict[str, Any] = {
                 name: chance.choice(words)
                 for name in frame.__struct_fields__
                 if name not in ("kept", "floor") and chance.random() < 0.3 and isinstance(getattr(frame, name), int)
             }
+            if isinstance(frame, frames.Fetch) and frame.runs is not msgspec.UNSET and chance.random() < 0.7:
+                ends = [0, 1, 2, *words]
+                changed["runs"] = [(chance.choice(ends), chance.choice(ends)) for _ in range(chance.randrange(4))]
             try:
                 sender.send(msgspec.structs.replace(frame, **changed))
             except (OverflowError, msgspec.MsgspecError):

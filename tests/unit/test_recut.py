@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,23 +15,42 @@ import torch
 from megatron.core import parallel_state
 
 from deadpool_megatron.compat import UserError
-from deadpool_megatron.durable import FORMAT, Coordinate, Item, Layout, Manifest, Piece, ShardFile, read_recut
+from deadpool_megatron.durable import (
+    FORMAT,
+    Coordinate,
+    DirectorySource,
+    Item,
+    Layout,
+    Manifest,
+    Piece,
+    ShardFile,
+    Source,
+    pack_layout,
+    read_recut,
+)
 from deadpool_megatron.durable.errors import Damaged, NotFit
-from deadpool_megatron.durable.files import read_header, write_shard
+from deadpool_megatron.durable.files import write_constants, write_shard
 from deadpool_megatron.durable.format import MANIFEST, directory_name, encode_manifest
 from deadpool_megatron.durable.recut import cut
 from deadpool_megatron.durable.start import can_recut
 from deadpool_megatron.durable.store import LocalStore
 from deadpool_megatron.megatron import optimizer_state, width
+from deadpool_megatron.megatron.in_memory import MemorySource
 from deadpool_megatron.megatron.optimizer_state import Member
 from deadpool_megatron.megatron.pieces import _names, _origins, pieces_of, trained_parameters
 from deadpool_megatron.megatron.same_model import batch_of
-from deadpool_megatron.megatron.width import OtherWidth
-from deadpool_megatron.snapshot import encode
+from deadpool_megatron.megatron.width import CannotRead, OtherWidth, in_directory
+from deadpool_megatron.snapshot import ShardPlan, decode, encode
+from deadpool_megatron.vault import VaultError, constants_of
 
 NAME = directory_name(40, "job", 1)
 SIZES = {"embedding": 700, "norm": 4, "matrix": 256, "bias": 20}  # elements
 ELEMENT = 4
+ARGS = {"dataloader_type": "single"}
+SMALL = "small.log"
+CONSTANTS = bytes(range(10, 34))
+CONSTANTS_LAYOUT = Layout(64, "constants", (Item("frozen", "U8", (4, 6), 0, 24),))
+NOWHERE: Callable[[str, int, memoryview], None] = lambda name, at, data: None  # noqa: E731
 
 
 def content(tensor: str) -> bytes:
@@ -65,23 +85,91 @@ def replica(rank: int, width: int, pad: int = 16) -> tuple[Layout, bytes]:
     return Layout(len(unique), f"digest-{rank}-{width}", tuple(items)), bytes(unique)
 
 
+def written(rank: int, width: int, says: bool = True) -> tuple[Layout, bytes, bytes]:
+    """What a rank of the old job has written: layout, unique bytes, small state."""
+    layout, unique = replica(rank, width)
+    items = [*layout.items, Item(SMALL, "U8", (9,), len(unique), 9)]
+    if not says:
+        items = [msgspec.structs.replace(item, pieces=()) for item in items]
+    layout = Layout(len(unique) + 64, layout.digest, tuple(items))
+    state = {
+        "rank": rank,
+        "numbers": [],
+        "args": {"consumed_valid_samples": 0},
+        "layouts": {"shard": pack_layout(layout), "constants": pack_layout(CONSTANTS_LAYOUT)},
+    }
+    return layout, unique + (b"log of %2d" % rank).ljust(64, b"\0"), encode(state)
+
+
+def coordinates(width: int) -> tuple[Coordinate, ...]:
+    return tuple(Coordinate(rank, 0, 0, rank) for rank in range(width))
+
+
 def saved(store: LocalStore, width: int, says: bool = True) -> Manifest:
+    constants = write_constants(store, CONSTANTS_LAYOUT, memoryview(CONSTANTS.ljust(64, b"\0")))
     shards: list[ShardFile] = []
     for rank in range(width):
-        layout, unique = replica(rank, width)
-        if not says:
-            items = tuple(msgspec.structs.replace(item, pieces=()) for item in layout.items)
-            layout = msgspec.structs.replace(layout, items=items)
-        shards.append(write_shard(store, NAME, rank, 40, layout, memoryview(unique), b"small %d" % rank))
-    coordinates = tuple(Coordinate(rank, 0, 0, rank) for rank in range(width))
-    return Manifest(FORMAT, 40, 0, NAME, "", width, coordinates, tuple(shards), {})
+        layout, unique, small = written(rank, width, says)
+        shard = write_shard(store, NAME, rank, 40, layout, memoryview(unique), small)
+        shards.append(msgspec.structs.replace(shard, constants=constants))
+    return Manifest(FORMAT, 40, 0, NAME, "", width, coordinates(width), tuple(shards), {})
 
 
+class CopiesInMemory:
+    """As `vault.Copies`; what it gives is garbage once it was taken."""
+
+    def __init__(self, width: int, says: bool = True) -> None:
+        self._small = {rank: written(rank, width, says)[2] for rank in range(width)}
+        self._unique = {rank: written(rank, width, says)[1] for rank in range(width)}
+        self._unique |= {constants_of(rank): CONSTANTS.ljust(64, b"\0") for rank in range(width)}
+        self.smalls: list[int] = []  # all that were asked for
+        self.asked: list[tuple[int, Sequence[tuple[int, int]]]] = []
+        self.lost: set[int] = set()
+        self.closed = False
+
+    def small(self, rank: int) -> bytes:
+        self.smalls.append(rank)
+        return self._small[rank]
+
+    def read(self, rank: int, ranges: Sequence[tuple[int, int]], take: Callable[[int, memoryview], None]) -> None:
+        self.asked.append((rank, ranges))
+        bounds = [0, *(bound for each in ranges for bound in each), len(self._unique[rank])]
+        assert bounds == sorted(bounds) and len(set(bounds[1:-1])) == len(bounds) - 2
+        for begin, end in ranges:
+            while begin < end:
+                upto = min(end, (begin // 100 + 1) * 100)  # of one chunk
+                data = bytearray(self._unique[rank][begin:upto])
+                if rank in self.lost:
+                    raise VaultError(f"nobody holds chunk {begin // 100} of {rank}")
+                take(begin, memoryview(data))
+                data[:] = b"x" * len(data)
+                begin = upto
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def in_memory(copies: CopiesInMemory, width: int) -> MemorySource:
+    return MemorySource(copies, 40, coordinates(width))
+
+
+def source_of(kind: str, directory: Path, width: int, says: bool = True) -> Source:
+    if kind == "memory":
+        return in_memory(CopiesInMemory(width, says), width)
+    store = LocalStore(str(directory))
+    return DirectorySource(store, saved(store, width, says))
+
+
+both = pytest.mark.parametrize("kind", ["files", "memory"])
+
+
+@both
 @pytest.mark.parametrize("before", [1, 2, 3, 7])
 @pytest.mark.parametrize("after", [1, 2, 3, 5, 8])
-def test_shards_of_any_number_of_replicas_become_those_of_any_other(tmp_path: Path, before: int, after: int) -> None:
-    store = LocalStore(str(tmp_path))
-    manifest = saved(store, before)
+def test_shards_of_any_number_of_replicas_become_those_of_any_other(
+    tmp_path: Path, before: int, after: int, kind: str
+) -> None:
+    source = source_of(kind, tmp_path, before)
     for rank in range(after):
         layout, want = replica(rank, after)
         got = bytearray(len(want))
@@ -90,14 +178,35 @@ def test_shards_of_any_number_of_replicas_become_those_of_any_other(tmp_path: Pa
         def put(name: str, at: int, data: memoryview, got: bytearray = got, places: dict[str, Item] = places) -> None:
             got[places[name].offset + at : places[name].offset + at + len(data)] = data
 
-        read_recut(store, manifest, range(before), layout, SIZES, put)
+        read_recut(source, range(before), layout, SIZES, put)
         assert bytes(got) == want
 
 
-def test_what_a_shard_consists_of_is_in_its_file(tmp_path: Path) -> None:
+@both
+def test_a_shard_says_what_it_consists_of(tmp_path: Path, kind: str) -> None:
+    source = source_of(kind, tmp_path, 2)
+    assert source.layout(1) == written(1, 2)[0] and source.layout(constants_of(1)) == CONSTANTS_LAYOUT
+
+
+def test_of_memory_only_what_is_wanted_is_asked_for_and_each_small_state_once() -> None:
+    copies = CopiesInMemory(4)
+    source = in_memory(copies, 4)
+    layout, _ = replica(0, 8)
+    source.small(0)
+    read_recut(source, range(4), layout, SIZES, NOWHERE)
+    [(rank, ranges)] = copies.asked
+    assert copies.smalls == [0, 1, 2, 3] and rank == 0
+    assert sum(end - begin for begin, end in ranges) == sum(item.nbytes for item in layout.items)
+
+
+def test_of_a_directory_each_file_with_something_wanted_is_read_once(tmp_path: Path, monkeypatch: Any) -> None:
     store = LocalStore(str(tmp_path))
-    manifest = saved(store, 2)
-    assert read_header(store, NAME, manifest.shards[1]).layout == replica(1, 2)[0]
+    source = DirectorySource(store, saved(store, 4))
+    opened: list[str] = []
+    monkeypatch.setattr(store, "open", lambda name: opened.append(name) or LocalStore.open(store, name))
+    read_recut(source, range(4), replica(0, 8)[0], SIZES, NOWHERE)
+    headers = [f"{NAME}/rank-{rank:05d}.safetensors" for rank in range(4)]
+    assert opened == [*headers, headers[0]]
 
 
 def test_what_nobody_has_or_what_says_of_no_piece_is_refused_by_its_name() -> None:
@@ -144,12 +253,12 @@ def test_a_parameter_of_another_shape_is_another_tensor_though_its_bytes_would_d
             cut(small, [large], names)
 
 
+@both
 def test_a_generation_of_an_earlier_version_is_refused_since_it_does_not_say_what_it_consists_of(
-    tmp_path: Path,
+    tmp_path: Path, kind: str
 ) -> None:
-    store = LocalStore(str(tmp_path))
     with pytest.raises(NotFit, match="does not say what its shards consist of"):
-        read_recut(store, saved(store, 2, says=False), range(2), replica(0, 1)[0], SIZES, lambda name, at, data: None)
+        read_recut(source_of(kind, tmp_path, 2, says=False), range(2), replica(0, 1)[0], SIZES, NOWHERE)
 
 
 def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
@@ -160,7 +269,7 @@ def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
     data[-20] ^= 1
     file.write_bytes(data)
     with pytest.raises(Damaged, match="checksum"):
-        read_recut(store, manifest, range(2), replica(0, 1)[0], SIZES, lambda name, at, data: None)
+        read_recut(DirectorySource(store, manifest), range(2), replica(0, 1)[0], SIZES, NOWHERE)
 
 
 def generation(directory: Path, monkeypatch: Any) -> str:
@@ -173,7 +282,7 @@ def generation(directory: Path, monkeypatch: Any) -> str:
 def test_what_follows_from_the_width_is_refused_at_another(tmp_path: Path, monkeypatch: Any) -> None:
     directory = generation(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="with full_validation True it has to have as many replicas") as told:
-        OtherWidth(directory, NAME, {"full_validation": True, "dataloader_type": "single"})
+        OtherWidth(in_directory(directory, NAME), {"full_validation": True} | ARGS)
     assert "\n" not in str(told.value)
 
 
@@ -192,12 +301,81 @@ def test_a_passing_error_of_the_disk_ends_no_start_and_a_lasting_one_says_what_t
 
     monkeypatch.setattr(width, "read_manifest", fails)
     with pytest.raises(UserError, match="full_validation"):  # it has been read
-        OtherWidth(directory, NAME, {"full_validation": True})
+        OtherWidth(in_directory(directory, NAME), {"full_validation": True})
     monkeypatch.setattr(width, "_PATIENCE_S", 0.0)
     failures.append(OSError(5, "Input/output error"))
-    with pytest.raises(width.CannotRead, match=f"{NAME} cannot be read: ") as told:
-        OtherWidth(directory, NAME, {"full_validation": True})
+    with pytest.raises(CannotRead, match=f"{NAME} cannot be read: ") as told:
+        in_directory(directory, NAME)
     assert "\n" not in str(told.value)
+
+
+@pytest.fixture
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> tuple[ShardPlan, dict[str, torch.Tensor], bytes]:
+    """This process is rank 0 of 2: the plan of its shard, the tensors, and what they are to become."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for kind in ("tensor_model", "pipeline_model", "context", "expert_model"):
+        monkeypatch.setattr(parallel_state, f"get_{kind}_parallel_rank", lambda: 0)
+    layout, want = replica(0, 2)
+    tensors = {item.name: torch.zeros(item.nbytes, dtype=torch.uint8) for item in layout.items}
+    name = next(iter(tensors))
+    tensors[name] = torch.zeros(len(tensors[name]), 2, dtype=torch.uint8)[:, 0]  # one that is not contiguous
+    tensors[SMALL] = torch.zeros(9, dtype=torch.uint8)
+    monkeypatch.setattr(width, "pieces_of", lambda *args: {item.name: item.pieces for item in layout.items})
+    monkeypatch.setattr(width, "trained_parameters", lambda model: frozenset(SIZES))
+    return ShardPlan([*tensors.items()]), tensors, want
+
+
+@both
+def test_a_rank_takes_its_part_and_what_is_alike_and_what_never_changes(
+    tmp_path: Path, kind: str, first_of_two: tuple[ShardPlan, dict[str, torch.Tensor], bytes]
+) -> None:
+    plan, tensors, want = first_of_two
+    other = OtherWidth(source_of(kind, tmp_path, 3), ARGS)
+    state = decode(other.small)
+    assert state["rank"] == 0 and "layouts" not in state and other.constants and not other.note
+    other.fill(plan, [], None)
+    assert bytes(tensors.pop(SMALL).tolist()) == b"log of  0"
+    for name, _, offset, nbytes in plan.items():
+        assert name == SMALL or bytes(tensors[name].tolist()) == want[offset : offset + nbytes]
+    for frozen in (torch.zeros(4, 6, dtype=torch.uint8), torch.zeros(6, 4, dtype=torch.uint8).T):
+        other = OtherWidth(source_of(kind, tmp_path, 3), ARGS)
+        other.fill_constants(ShardPlan([("frozen", frozen)]))
+        assert bytes(frozen.flatten().tolist()) == CONSTANTS
+    for name, size in (("frozen", 24), ("others", 24)):
+        with pytest.raises(UserError, match="of this job: it has other frozen parameters"):
+            other.fill_constants(ShardPlan([(name, torch.zeros(size, dtype=torch.uint8))]))
+
+
+@both
+def test_copies_of_what_a_device_holds_have_to_be_the_same_ones(
+    tmp_path: Path, kind: str, first_of_two: tuple[ShardPlan, dict[str, torch.Tensor], bytes]
+) -> None:
+    _, tensors, _ = first_of_two
+    other = OtherWidth(source_of(kind, tmp_path, 3), ARGS)
+    tensors[SMALL] = torch.zeros(8, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"small\.log has 9 bytes in it and 8 here"):
+        other.fill(ShardPlan([*tensors.items()]), [], None)
+    del tensors[SMALL]
+    with pytest.raises(UserError, match=r"small\.log is in it, and not in this job"):
+        other.fill(ShardPlan([*tensors.items()]), [], None)
+
+
+def test_a_copy_that_cannot_be_read_is_told_of_with_the_reason(
+    first_of_two: tuple[ShardPlan, dict[str, torch.Tensor], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = CopiesInMemory(3)
+    other = OtherWidth(in_memory(copies, 3), ARGS)
+    copies.lost = {1, constants_of(0)}
+    with pytest.raises(CannotRead, match=r"^generation 40 in memory cannot be read: nobody holds chunk \d of 1$"):
+        other.fill(first_of_two[0], [], None)
+    with pytest.raises(CannotRead, match="nobody holds chunk 0 of"):
+        other.fill_constants(ShardPlan([("frozen", torch.zeros(4, 6, dtype=torch.uint8))]))
+    other.close()
+    assert copies.closed
+    state = decode(other.small)  # without layouts
+    monkeypatch.setattr(copies, "_small", {0: encode(state)})
+    with pytest.raises(CannotRead, match="rank 0's small state does not say what its shard consists of"):
+        OtherWidth(in_memory(copies, 3), ARGS)
 
 
 def test_no_more_validation_samples_are_counted_than_batches_of_the_new_size_had() -> None:
@@ -218,10 +396,9 @@ def test_with_a_step_schedule_the_batch_size_of_the_moment_is_not_compared() -> 
 
 
 def test_state_of_an_optimizer_that_has_no_pieces_is_refused_as_that(tmp_path: Path) -> None:
-    store = LocalStore(str(tmp_path))
     scale = Layout(4, "", (Item("optimizer0.group0.0.momentum_buffer", "F32", (), 0, 4),))
     with pytest.raises(NotFit, match="this optimizer's state is not cut anew"):
-        read_recut(store, saved(store, 2), range(2), scale, SIZES, lambda name, at, data: None)
+        read_recut(source_of("files", tmp_path, 2), range(2), scale, SIZES, NOWHERE)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

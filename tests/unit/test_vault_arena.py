@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,14 @@ import numpy as np
 import pytest
 
 from deadpool_megatron.vault import (
+    CONSTANT,
+    EMPTY,
     Arena,
     ChecksumMismatch,
+    ConstantsWriter,
+    Kind,
     NotHeld,
+    Slot,
     SlotWriter,
     StaleEpoch,
     Vault,
@@ -25,6 +30,8 @@ from deadpool_megatron.vault import (
     VaultFull,
     Version,
     clean_leftovers,
+    constants_of,
+    store_shard,
 )
 from deadpool_megatron.vault import arena as arenas
 
@@ -350,3 +357,227 @@ def test_the_doorbell_rings_when_there_is_more_to_send_and_never_blocks(vault: V
         writer.publish(CHUNK)
     finally:
         os.close(bell)
+
+
+# ---- what is set aside
+
+BASE = Version(0, 7)
+
+
+def stored(vault: Vault, rank: int, version: Version, fill: int, kind: Kind = "own") -> Slot:
+    """A complete copy."""
+    if kind == "peer":
+        vault.allocate_peer(rank, UNIQUE, 100)
+        arena = vault.arena(rank, "peer")
+        assert arena is not None
+        slot = next(slot for slot in arena.slots if slot.begin == EMPTY)
+        slot.reopen(version.pack())
+        _filled(slot, fill)
+        slot.small_bytes = 5
+        slot.sum_up(5)
+        slot.mark_complete()
+        slot.seal()
+        return slot
+
+    def put(open_slot: Callable[[int, int], Slot], check: Callable[[], None]) -> int:
+        return _filled(open_slot(UNIQUE, 100), fill)
+
+    store_shard(vault, rank, vault.epoch, version, put)
+    return vault.find(rank, version, ("own",))[1]
+
+
+def _filled(slot: Slot, fill: int) -> int:
+    slot.small[:5] = b"small"
+    slot.unique[:] = bytes([fill]) * len(slot.unique)
+    return 5
+
+
+def constants(vault: Vault, rank: int, data: bytes) -> None:
+    holder = constants_of(rank)
+    writer = ConstantsWriter(vault.allocate_own(holder, len(data), 100).path)
+    assert writer.begin() is not None
+    writer.buffer[:] = np.frombuffer(data, np.uint8)
+    writer.complete()
+    vault.checksum(holder)
+    writer.close()
+
+
+def test_what_is_set_aside_is_found_unchanged_whatever_the_vault_does_next(vault: Vault) -> None:
+    info = vault.allocate_own(3, UNIQUE, 100)
+    stored(vault, 3, Version(0, 6), 6)
+    stored(vault, 3, BASE, 7)
+    stored(vault, 4, BASE, 8, "peer")
+    stored(vault, 5, Version(0, 6), 9)
+    constants(vault, 3, b"what never changes")
+    vault.allocate_parity(1, CHUNK, 100)
+    holder = constants_of(3)
+    vault.set_epoch(1)
+    assert vault.set_aside(BASE, -1) == vault.aside == {3: ("own",), 4: ("peer",), holder: ("own",)}
+    assert vault.arenas() == [] and vault.holdings().ranks == {} and not Path(info.path).exists()
+    # all that may be told or asked of a vault, and new memory of the same ranks
+    vault.allocate_own(3, 2 * UNIQUE, 200)
+    stored(vault, 4, Version(1, 8), 1, "peer")
+    stored(vault, 5, BASE, 2)
+    constants(vault, 3, b"others")
+    vault.set_epoch(2)
+    vault.pin()
+    vault.set_committed(2, 9)
+    vault.set_floor(2, 12)
+    vault.unpin()
+    for rank in (3, 4, 5, holder):
+        vault.checksum(rank)
+        vault.drop(rank)
+    for rank, fill, kind in ((3, 7, "own"), (4, 8, "peer")):
+        arena, slot = vault.find(rank, BASE)
+        slot.verify()
+        assert bytes(slot.unique) == bytes([fill]) * UNIQUE and arena.info.kind == kind
+        assert slot.small[:5] == b"small" and slot.small_bytes == 5
+    assert bytes(vault.find(holder, BASE)[1].unique) == b"what never changes"
+    for rank, version in ((3, Version(0, 6)), (5, BASE), (holder, CONSTANT), (4, Version(1, 8))):
+        with pytest.raises(NotHeld):
+            vault.find(rank, version)
+    with pytest.raises(NotHeld):
+        vault.find(4, BASE, ("own",))
+    with pytest.raises(NotHeld):
+        vault.find(1, BASE, ("parity",))
+    assert vault.aside == {3: ("own",), 4: ("peer",), holder: ("own",)}
+
+
+def test_of_two_copies_of_a_rank_its_own_one_is_set_aside_unless_only_the_other_is_complete(vault: Vault) -> None:
+    for rank in (0, 1):
+        stored(vault, rank, BASE, 1, "own")
+        stored(vault, rank, BASE, 1, "peer")
+    own = vault.find(1, BASE, ("own",))[1]
+    own.give_up(own.turn)
+    stored(vault, 2, BASE, 1).reopen(Version(0, 8).pack())
+    assert vault.set_aside(BASE, -1) == {0: ("own",), 1: ("peer",)}
+
+
+def test_a_start_that_begins_anew_keeps_its_base_and_adds_nothing_to_it(vault: Vault) -> None:
+    slot = stored(vault, 0, BASE, 1)
+    constants(vault, 0, b"old")
+    aside = {0: ("own",), constants_of(0): ("own",)}
+    vault.set_epoch(1)
+    assert vault.set_aside(BASE, -1) == aside
+    stored(vault, 0, Version(1, 7), 2)
+    stored(vault, 1, BASE, 3)
+    for rank in (0, 1):
+        constants(vault, rank, b"of other coordinates")
+    vault.set_epoch(2)
+    assert vault.set_aside(BASE, -1) == aside, "what is new has the same numbers and is of others"
+    assert vault.arenas() == [] and vault.find(0, BASE)[1].unique is slot.unique
+    slot.verify()
+    assert bytes(vault.find(constants_of(0), BASE)[1].unique) == b"old"
+    # a vault that had nothing of the base has nothing of it later, either
+    vault.let_go()
+    assert vault.set_aside(Version(0, 9), -1) == {}
+    constants(vault, 0, b"new")
+    assert vault.set_aside(Version(0, 9), -1) == {}
+
+
+def test_another_base_takes_the_place_of_the_one_before(vault: Vault) -> None:
+    stored(vault, 0, BASE, 1)
+    stored(vault, 1, BASE, 1)
+    constants(vault, 0, b"old")
+    vault.set_aside(BASE, -1)
+    new = Version(1, 9)
+    stored(vault, 0, new, 2)
+    constants(vault, 0, b"new")
+    assert vault.set_aside(new, -1) == {0: ("own",), constants_of(0): ("own",)}
+    assert bytes(vault.find(constants_of(0), new)[1].unique) == b"new"
+    assert vault.find(0, new)[1].unique[0] == 2
+    for rank in (0, 1, constants_of(0)):
+        with pytest.raises(NotHeld):
+            vault.find(rank, BASE)
+    assert vault.bytes_allocated < Arena.size(0, "own", UNIQUE, 100, CHUNK) + 8 * 4096
+
+
+def test_what_is_aside_counts_with_what_it_still_has_until_it_is_let_go(vault: Vault) -> None:
+    info = vault.allocate_own(3, UNIQUE, 100)
+    stored(vault, 3, Version(0, 6), 6)
+    stored(vault, 3, BASE, 7)
+    file = os.open(info.path, os.O_RDONLY)
+    try:
+        assert 512 * os.fstat(file).st_blocks == info.total_bytes
+        vault.set_aside(BASE, -1)
+        left = vault.bytes_allocated
+        vault.freed()
+        assert left == 512 * os.fstat(file).st_blocks, "the other slot has no memory any more"
+        assert info.total_bytes / 2 < left < info.total_bytes / 2 + 4 * 4096
+        vault.limit_bytes = left + info.total_bytes - 1
+        with pytest.raises(VaultFull, match=f"has {left} of the"):
+            vault.allocate_own(3, UNIQUE, 100)
+        assert str(vault.job_id) in Path("/proc/self/maps").read_text()
+        vault.let_go()
+        assert vault.bytes_allocated == 0 and vault.aside == {}
+        vault.freed()
+        assert 512 * os.fstat(file).st_blocks < 4 * 4096
+        assert str(vault.job_id) not in Path("/proc/self/maps").read_text()
+        vault.allocate_own(3, UNIQUE, 100)
+    finally:
+        os.close(file)
+
+
+def test_letting_go_and_closing_leave_the_file_of_new_memory_alone_and_none_behind(tmp_path: Path) -> None:
+    vault = Vault("aside", 0, str(tmp_path), CHUNK)
+    stored(vault, 3, BASE, 7)
+    vault.set_aside(BASE, -1)
+    assert list(tmp_path.iterdir()) == [], "an agent that is killed leaves nothing of it"
+    path = vault.allocate_own(3, UNIQUE, 100).path
+    vault.let_go()
+    SlotWriter(path).close()
+    stored(vault, 3, BASE, 7)
+    assert vault.set_aside(BASE, -1) == {3: ("own",)}, "it is not the one that was let go"
+    vault.allocate_own(3, UNIQUE, 100)
+    vault.close()
+    assert list(tmp_path.iterdir()) == [] and vault.bytes_allocated == 0
+
+
+def test_a_worker_that_still_has_the_memory_can_write_nothing_into_what_is_aside(vault: Vault) -> None:
+    writer = SlotWriter(vault.allocate_own(0, UNIQUE, 100).path)
+    assert write(vault, writer, 0, 7, 1)
+    assert writer.open(0, 8, b"small") is not None
+    assert vault.set_aside(BASE, -1) == {0: ("own",)}
+    writer.buffer[:] = 9  # in the other slot, which it has open
+    writer.complete()
+    vault.set_epoch(5)
+    for epoch in (0, 5):
+        with pytest.raises(StaleEpoch):
+            writer.open(epoch, 9, b"small")
+    vault.find(0, BASE)[1].verify()
+    with pytest.raises(NotHeld):
+        vault.find(0, Version(0, 8))
+    writer.close()
+
+
+def test_who_reads_what_is_given_back_finds_that_it_is_over(vault: Vault) -> None:
+    slot, other = stored(vault, 0, BASE, 1), stored(vault, 0, Version(0, 8), 2)
+    turns = slot.turn, other.turn
+    vault.set_aside(BASE, -1)
+    assert slot.turn == turns[0] and slot.complete and slot.unique[-1] == 1
+    assert other.turn != turns[1] and not other.complete and not other.damaged
+    vault.let_go()
+    assert slot.turn != turns[0] and not slot.complete and not slot.damaged
+    vault.freed()
+    assert not any(slot.unique), "the memory is no more"
+
+
+def test_which_versions_of_a_generation_are_set_aside(vault: Vault) -> None:
+    """Where the run is repeatable whichever each rank has, else those of one epoch."""
+    for rank, epoch in ((0, 0), (1, 1), (2, 2)):
+        stored(vault, rank, Version(epoch, 7), rank)
+    base = Version(1, 7)
+    assert vault.set_aside(base, -1).keys() == {0, 1}, "the third is of a later epoch"
+    assert [vault.find(rank, base)[1].unique[0] for rank in (0, 1)] == [0, 1]
+    for rank, epoch in ((0, 0), (1, 1)):
+        stored(vault, rank, Version(epoch, 7), rank)
+    assert vault.set_aside(Version(2, 7), 1).keys() == {1}
+
+
+def test_a_copy_that_is_aside_and_changes_is_not_found_any_more(vault: Vault) -> None:
+    slot = stored(vault, 0, BASE, 1)
+    vault.set_aside(BASE, -1)
+    slot.unique[5] ^= 1
+    assert not slot.recheck() and vault.aside == {}
+    with pytest.raises(NotHeld):
+        vault.find(0, BASE)

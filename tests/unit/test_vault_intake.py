@@ -6,11 +6,13 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from deadpool_megatron.vault import (
     EMPTY,
+    Kind,
     Slot,
     StaleEpoch,
     Vault,
@@ -25,7 +27,7 @@ from deadpool_megatron.vault.errors import Refused
 from deadpool_megatron.vault.frames import Begin, Refusal
 from deadpool_megatron.vault.intake import Intakes
 from deadpool_megatron.vault.keeper import Keeper
-from deadpool_megatron.vault.transfer import own_slot
+from deadpool_megatron.vault.transfer import finish, own_slot
 from deadpool_megatron.vault.wire import Channel, Deadlines
 
 SECRET = bytes(32)
@@ -213,3 +215,39 @@ def test_what_was_sent_before_the_epoch_changed_is_refused_and_not_counted() -> 
         assert (server.refusals["stale epoch"], server.refusals["not as planned"]) == (1, 1)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("kind", ["own", "peer"])
+def test_a_transfer_that_has_looked_its_memory_up_opens_no_slot_once_that_is_set_aside(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vault, base, later = Vault(f"i{os.getpid()}", 0), Version(0, 5), Version(0, 6)
+    begin = Begin(0, 3, *later, 4096, 64, 8, vault.chunk_bytes, EMPTY, 0)
+    lookup = Vault.arena
+    lookups = 0
+
+    def looked_up(vault: Vault, *what: Any) -> Any:
+        nonlocal lookups
+        lookups += 1
+        found = lookup(vault, *what)
+        if lookups == (1 if kind == "own" else 2):  # the last one before it opens
+            assert vault.set_aside(base, -1) == {3: (kind,)}
+        return found
+
+    try:
+        (vault.allocate_own if kind == "own" else vault.allocate_peer)(3, 4096, 64)
+        arena = vault.arena(3, kind)
+        assert arena is not None
+        for slot in arena.slots:
+            slot.reopen(base.pack())
+        finish(arena.slots[1], 8)
+        monkeypatch.setattr(Vault, "arena", looked_up)
+        if kind == "own":
+            with pytest.raises(VaultError, match="dropped"), vault.intakes.begin(3, "rank 3", 0, 1.0) as intake:
+                own_slot(intake, vault, 3, later, 4096, 64)
+        else:
+            with pytest.raises(Refused):
+                Keeper(vault).open(begin)
+        assert vault.find(3, base)[1] is arena.slots[1] and arena.slots[0].begin == EMPTY, "not even the other one"
+    finally:
+        vault.close()

@@ -106,7 +106,7 @@ class Agent:
                 not settings.config.export,
                 lambda: job.world_size,
             )
-            if shards is not None and settings.durable_dir
+            if shards is not None and (settings.durable_dir or settings.config.when_out_of_spares == "shrink")
             else None
         )
         self._commits = Commits(job)
@@ -381,12 +381,16 @@ class Agent:
                 resized = self._job.world_size != before
                 if late:
                     self._watch.entered(record.epoch, len(self._job.ranks))
+                if recovery is not None and late and record.base is not None:
+                    recovery.set_aside(record.base)
                 if resized and recovery is not None:
                     recovery.resized()
                 if late and record.anew and recovery is not None:
                     self._start_over(recovery)
                 elif late and self._shards is not None:
                     self._shards.server.set_epoch(record.epoch)
+                if record.base is not None and self._shards is not None and record.epoch == self._job.epoch:
+                    self.send(r.SetAside(record.epoch, self._s.node, *self._shards.aside(record.base)))
             case r.Departed():
                 self._job.departed(record)
             case r.ExitNotice() if not self._s.config.deadpool:
@@ -476,7 +480,7 @@ class Agent:
             case r.LoadShards():
                 durable.load(record, ranks)
             case r.ResumeAt():
-                durable.resume_at(record.generation, record.recut)
+                durable.resume_at(record, self._job.vaults)
                 for worker in self._crew.mine().values():
                     self._begin(worker)
 

@@ -162,7 +162,7 @@ class Upkeep:
             self._plan()
 
     def empty(self) -> None:
-        """Nothing of what is here has a use any more."""
+        """Nothing of what is here has a use any more, but for what is set aside."""
         self._shards.keep_only(set(), set(), set())
         if self._durable is not None:
             self._durable.keep_only(set())
@@ -184,6 +184,7 @@ class Upkeep:
             self._tidied = epoch
             peers, words, constants = self._kept
             self._shards.keep_only(self._own(), set(peers) | constants, set(words))
+            self._shards.vault.let_go()
             if self._durable is not None:
                 self._durable.keep_only(self._own())
 

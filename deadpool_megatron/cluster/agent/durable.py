@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -99,14 +100,16 @@ class NodeDurability:
         self._late: set[str] = set()  # drains for which it was ended, and is not gone yet
         self._takes: dict[int, Take] = {}  # of the newest drain
         self._takes_epoch = 0
-        self._resume: int | None = None
-        self._recut = ""
+        self._resume: r.ResumeAt | None = None
+        self._places = ""  # the file that says where its shards are in memory
+        self._places_fd = -1
         self._epoch = 0  # of the versions that were loaded before training
         self._manifest: Manifest | None = None  # of what was loaded before training
         self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
         self._asked: tuple[str, int] | None = None  # name and epoch of what is, or was, read before training
         self._answer: r.ShardsLoaded | None = None
-        shards.durable_constants = self._bring_constants
+        if directory:
+            shards.durable_constants = self._bring_constants
 
     def _tell(self, news: DurableNews | Answer) -> None:
         self._shards.report(news)
@@ -235,16 +238,31 @@ class NodeDurability:
         self._epoch = epoch
         self._read(record.name, epoch, versions, loaded, ended)
 
-    def resume_at(self, generation: int, recut: str = "") -> None:
-        """Training begins with this generation (-1: with none), which ranks read themselves out of ``recut``."""
-        self._resume, self._recut = generation, recut
-        if generation < 0 or recut:
+    def resume_at(self, record: r.ResumeAt, vaults: Mapping[int, r.Address]) -> None:
+        """Training begins with this generation. ``vaults``: by node, where its vault answers."""
+        self._resume = record
+        if record.generation < 0 or record.recut or record.memory is not None:
             self._loaded.clear()
             self._manifest = None
+        if record.memory is not None:
+            self._places = self._publish(msgspec.msgpack.encode(self._shards.places(record, vaults)))
+
+    def _publish(self, data: bytes) -> str:
+        """A file for the workers, with the job's secret in it: one that ends with this process."""
+        self._close_places()
+        self._places_fd = os.memfd_create("deadpool-places", os.MFD_CLOEXEC)
+        os.pwrite(self._places_fd, data, 0)
+        return f"/proc/{os.getpid()}/fd/{self._places_fd}"
+
+    def _close_places(self) -> None:
+        if self._places_fd >= 0:
+            os.close(self._places_fd)
+        self._places, self._places_fd = "", -1
 
     def start_over(self) -> None:
         """The start begins anew: other workers tell what job it is, and the coordinator where to resume."""
         self._resume = None
+        self._close_places()
         self._jobs.clear()
         self._granted.clear()
 
@@ -255,10 +273,11 @@ class NodeDurability:
         """
         if self._resume is None or rank not in self._jobs:
             return None
-        if self._resume < 0:
+        generation = self._resume.generation
+        if generation < 0:
             return r.Generation(epoch, -1, -1, "", {})
-        if self._recut:
-            return r.Generation(epoch, self._resume, -1, "", {}, recut=self._recut)
+        if self._resume.recut or self._resume.memory is not None:
+            return r.Generation(epoch, generation, -1, "", {}, recut=self._resume.recut, memory=self._places)
         note = ""
         if self._manifest is not None:
             for name, (there, here) in differing(self._manifest, self._jobs[rank], "model").items():
@@ -266,7 +285,7 @@ class NodeDurability:
             note = settings_note(self._manifest, self._jobs[rank])
         with_constants = constants_of(rank) in self._loaded
         path = self._shards.path_of(rank)
-        return r.Generation(epoch, self._resume, self._epoch, path, {}, with_constants, note=note)
+        return r.Generation(epoch, generation, self._epoch, path, {}, with_constants, note=note)
 
     # ---- draining
 
@@ -392,3 +411,4 @@ class NodeDurability:
     def close(self) -> None:
         """End the drainer."""
         self._drainer.close()
+        self._close_places()

@@ -92,8 +92,13 @@ class NodeRecovery:
         for worker in self._crew.idle():  # which the coordinator may not count, where the node had coordinates
             self._send(r.WorkerReady(self._job.node, worker.local, worker.pid))
 
+    def set_aside(self, base: r.Base) -> None:
+        """The start begins anew with what is in memory of ``base``."""
+        self._shards.server.set_epoch(self._job.epoch)
+        self._shards.set_aside(base)
+
     def resized(self) -> None:
-        """There are fewer coordinates than before: what is in memory is of others that had their numbers."""
+        """There are other coordinates than before: what is in memory is of others that had their numbers."""
         self._upkeep.empty()
         self._crew.rehearse_anew()
 

@@ -45,6 +45,7 @@ from deadpool_megatron.vault import (
     is_constants,
     make_transport,
     numa_nodes,
+    owner_of,
     rebuild,
     small_capacity,
 )
@@ -160,6 +161,7 @@ class Shards:
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ShardsEvent, and what others tell
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._peers: dict[int, tuple[int, int]] = {}
+        self._base: r.Base | None = None  # that was set aside last
         self._replicator = Replicator(
             self.vault, secret, self._committed, pace=SendPace(send_bandwidth), direct=self._direct
         )
@@ -286,6 +288,27 @@ class Shards:
             if arena.info.rank not in keep[arena.info.kind]:
                 self.vault.drop(arena.info.rank, arena.info.kind)
         self._replicator.keep_only(own)
+
+    def set_aside(self, base: r.Base) -> None:
+        """Keep what is here of ``base`` until `Vault.let_go`, out of the way of all else, which is dropped."""
+        self.holdings()  # what workers have left is checksummed
+        self.vault.set_aside(Version(base.epoch, base.generation), base.version_epoch)
+        self._base = base
+
+    def aside(self, base: r.Base) -> tuple[list[int], list[int]]:
+        """The ranks whose shard of ``base`` is set aside here, and whose constants are."""
+        held = sorted(self.vault.aside) if self._base == base else []
+        constants = [owner_of(holder) for holder in held if is_constants(holder)]
+        return [rank for rank in held if not is_constants(rank)], sorted(constants)
+
+    def places(self, at: r.ResumeAt, vaults: Mapping[int, r.Address]) -> r.InVaults:
+        """What workers are told of a generation that is set aside. ``vaults``: by node, where its vault answers."""
+        assert at.memory is not None and self._base is not None
+        nodes = dict(enumerate(at.memory.holders))
+        nodes |= {constants_of(rank): there for rank, there in enumerate(at.memory.constants) if there}
+        places = {holder: [vaults[node] for node in there if node in vaults] for holder, there in nodes.items()}
+        base = at.memory.base
+        return r.InVaults(self._secret, self.vault.epoch, base.epoch, base.generation, at.memory.coordinates, places)
 
     def rang(self, rank: int) -> None:
         """The worker of ``rank`` has written more of its shard, or of its constants."""

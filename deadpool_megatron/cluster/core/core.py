@@ -133,7 +133,7 @@ class Core:
             r.NodeFormed: lambda record: self._recoveries.got_on(record, self._now),
             r.NodeRestored: lambda record: self._recoveries.got_on(record, self._now),
             r.NodeResumed: lambda record: self._recoveries.got_on(record, self._now),
-            r.Committed: lambda record: self._returning.committed(record, self._now),
+            r.Committed: self._committed,
             r.Covered: self._recoveries.covered,
             r.NoRoom: seen.no_room,
             r.Refusals: seen.refused,
@@ -147,6 +147,7 @@ class Core:
             r.ShardsLoaded: self._shards_loaded,
             r.ShardsDrained: self._shards_drained,
             r.GenerationSealed: self._generation_sealed,
+            r.SetAside: self._start.set_aside,
             r.PreemptionNotice: lambda record: self._preempt(),
         }
 
@@ -465,7 +466,7 @@ class Core:
 
     def _part(self, name: str) -> dict[str, Any]:
         if name == "layout":  # large, and the same from the first step to the last
-            return self._layout.dump()
+            return {**self._layout.dump(), "base": self._durability.dump_memory()}
         if name == "members":
             return {**self.members.dump(), **self.protection.dump()}
         return {
@@ -511,6 +512,7 @@ class Core:
                 self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node, parts["members"]
             )
         self._durability.restored(self._state.phase is Phase.STARTING, kept["durable"])
+        self._durability.load_memory(parts.get("layout", {}).get("base"))
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
         until = now + max(self.job.deadlines.lease + _RETURN_S, _NOTICES * self.job.deadlines.lease + 1.0)
         self._returning.begin(there, "a recovery was under way" if kept["recovering"] else "", until)
@@ -612,6 +614,21 @@ class Core:
             self._suspicions.got_on()
             self._ends.got_on(record.iteration)
 
+    def _committed(self, record: r.Committed) -> Iterable[Effect]:
+        before = self._progress.kept
+        effects = self._returning.committed(record, self._now)
+        return self._grow(effects, before) if effects else ()
+
+    def _grow(self, effects: Iterable[Effect], before: Version | None) -> Effects:
+        """With a generation that all have just committed the job begins anew where more replicas fit again."""
+        yield from effects
+        kept = self._progress.kept
+        if kept is None or kept == before or not self._trains_alone or not self._state.can_grow():
+            return
+        self._durability.keep_in_memory(kept, self.coordinates, self.epoch)
+        spares = r.few_nodes(self.members.ready_spares())
+        yield Resize(f"there is room for more of the {self._state.widest} replicas again (spare {spares})")
+
     def _did(self, record: r.SideEffect) -> Effects:
         if record.epoch >= self._start.epoch:  # else before the start began anew, and so it is to be done again
             yield from self.seen.did(record)
@@ -655,11 +672,6 @@ class Core:
     def _generation_sealed(self, record: r.GenerationSealed) -> Effects:
         yield from self._durability.sealed(record, self.assignment, self._now)
         yield from self._leave_if_drained()
-        base = self._durability.base
-        wanted = base is not None and base[1] == record.name and self._durability.wanted_is_durable
-        if wanted and self._trains_alone and self._state.can_grow():
-            spares = r.few_nodes(self.members.ready_spares())
-            yield Resize(f"there is room for more of the {self._state.widest} replicas again (spare {spares})")
 
     @property
     def _trains_alone(self) -> bool:
@@ -745,6 +757,7 @@ class Core:
             if awaited and self._state.phase is Phase.STARTING:
                 yield from self._start.send_roster()  # it was the one the others waited for
             yield Persist()
+            yield from self._start.gone(fresh)
             yield from self._wait_no_more_for(fresh, waited)
             return
         if not self.job.deadpool:

@@ -10,6 +10,11 @@ One attempt at a time, each under a name of its own. What fails costs that attem
 the user is told, and the durable generations there are stay. Who was told to write the manifest, and does not answer,
 may have written it, and have removed older generations: that attempt is not removed, and counts first where memory
 cannot answer.
+
+Where the number of replicas changes, the generation that the job begins anew with stays in the nodes' memory::
+
+    Roster(base)            all agents set aside what they hold of it
+    all SetAside            ResumeAt: where each shard of it is; ranks read what they need
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.effects import Answer, Effects, Emit, Lose, Persist, Send, emit
@@ -28,7 +35,6 @@ from deadpool_megatron.vault import Version
 _SHARE = 0.5
 _LOAD_S = 600.0  # beyond `DurableSpec.deadline`, for a node to read its shards before training
 _SAY_S = 60.0  # that the start waits for a directory; again after twice as long, and so on
-_WANTED_AGAIN_S = 30.0  # what could not be written at once is tried again
 _RECUT = "recut"  # marks one of another number of replicas
 _NOBODY = -1  # in the place of the node that removes an attempt
 
@@ -38,7 +44,7 @@ class DurableSpec:
     """What the job does about durable generations.
 
     Args:
-        directory: where they lie; for messages.
+        directory: where they lie; for messages. Empty: there is none, and only the number of replicas may change.
         job: letters and digits that no other job has; part of the names.
         interval: generations from one drain to the next; 0: only when preempted.
         keep: how many durable generations stay.
@@ -72,7 +78,6 @@ class _Attempt:
     shards: dict[int, ShardFile] = field(default_factory=dict)
     sealing: int | None = None  # the node that writes the manifest
     last: bool = False  # the job ends when this is over
-    wanted: bool = False  # at once, for a start with more replicas
 
 
 @dataclass(slots=True)
@@ -81,6 +86,18 @@ class _Loading:
     waiting: set[int]
     since: float | None = None  # not before `Durability.judge_loading` has seen it
     told_s: float = 0.0  # how long it had taken when the user was told
+
+
+@dataclass(slots=True)
+class _Memory:
+    base: r.Base
+    coordinates: list[r.CoordinateInfo]
+    waiting: set[int] | None = None  # nodes that have not said what they hold of it; None: nobody was asked
+    held: dict[int, r.SetAside] = field(default_factory=dict)
+
+    def ask(self, nodes: Iterable[int]) -> None:
+        """These are told to set it aside, as a start begins."""
+        self.waiting, self.held = set(nodes), {}
 
 
 class Durability:
@@ -97,12 +114,13 @@ class Durability:
         self._recut: list[tuple[int, str]] = list(spec.recut) if spec is not None else []
         self._unsure: list[tuple[int, str]] = []  # newer ones that may be complete, newest first
         self._was_durable = bool(self._complete)  # at some time something was
+        self.memory: _Memory | None = None
+        """What a start with another number of replicas begins with, until something of that number is committed."""
         self._attempt: _Attempt | None = None
         self._attempts = 0
         self._first: tuple[float, int] | None = None  # when the first generation was committed, and which
         self._last = 0  # the generation of the last drain, whatever became of it
         self._retry = False
-        self._wanted_again = -math.inf
         self._kept: Version | None = None
         self._loading: _Loading | None = None
         self._begun = False
@@ -111,8 +129,6 @@ class Durability:
         self._preempted: float | None = None  # until when the job may stay
         self._taken = ""  # why nothing is drained any more: the directory is another job's
         self.leave: str | None = None
-        self.wanted_is_durable = False
-        """The newest generation has become so for a start with more replicas."""
         self.last_is_over = False
         """The generation that the job ends with is durable, or could not be made so."""
 
@@ -146,30 +162,50 @@ class Durability:
         return next(iter([*self._unsure, *self._complete]), None)
 
     @property
-    def base(self) -> tuple[int, str] | None:
-        """The newest durable generation, at whatever width: what fewer replicas can begin with.
+    def leaves(self) -> bool:
+        """The machines are wanted soon."""
+        return self._preempted is not None
 
-        None where there is none, or it is not certain which one is the newest, and where the job is to leave.
+    @property
+    def base(self) -> tuple[int, str] | None:
+        """What another number of replicas can begin with: the generation, and its name in the durable directory.
+
+        What is in memory has no name, and comes first. None where there is none, or it is not certain which durable one
+        is the newest, and where the job is to leave.
         """
-        if self._unsure or self._preempted is not None:
+        if self._preempted is not None:
             return None
-        return next(iter([*self._complete, *self._recut]), None)
+        if self.memory is not None:
+            return self.memory.base.generation, ""
+        return None if self._unsure else next(iter([*self._complete, *self._recut]), None)
 
     @property
     def only_recut(self) -> bool:
-        """What is durable is of another number of replicas: a new start alone goes on from there."""
-        return bool(self._recut) and not (self._unsure or self._complete)
+        """All there is to go back to is of another number of replicas: a new start alone goes on from there."""
+        return self.memory is not None or (bool(self._recut) and not (self._unsure or self._complete))
+
+    def keep_in_memory(self, version: Version, coordinates: Mapping[int, r.CoordinateInfo], epoch: int) -> None:
+        """The next start begins with this, of these coordinates, which the nodes hold. ``version``: as of `Base`."""
+        base = r.Base(epoch, *version)
+        self.memory = _Memory(base, [coordinates[rank] for rank in sorted(coordinates)])
 
     def begin_anew(self, resized: bool) -> None:
         """The start begins anew from `base`; ``resized``: with another number of ranks."""
         if resized:
             self._recut, self._complete = [*self._complete, *self._recut], []
-        self._attempt, self._kept, self._first = None, None, None
+        self._attempt, self._kept, self._first, self._resumes_at = None, None, None, None
         self._retry = self.last_is_over = False
-        self._wanted_again = -math.inf
 
     def bad(self, name: str, why: str) -> Effects:
-        """A durable generation could not be read: it does not count any more."""
+        """A durable generation, or (without a name) that in memory, could not be read: it does not count any more."""
+        if self.memory is not None and not name:
+            generation, self.memory = self.memory.base.generation, None
+            yield emit(
+                "base_lost",
+                iteration=generation,
+                message=f"generation {generation} cannot be read out of the nodes' memory any more: {why}",
+            )
+            return
         for generation, known in (*self._complete, *self._recut):
             if known == name:
                 yield from self._failed(generation, f"durable generation {generation} cannot be used: {why}")
@@ -186,7 +222,47 @@ class Durability:
         if self._spec is None or not self._spec.resume or (self._begun and epoch == self._epoch):
             return
         self._begun, self._epoch = True, epoch
-        yield from self._load(active)
+        if self.memory is None:
+            yield from self._load(active)
+
+    def set_aside(self, record: r.SetAside) -> Answer[str]:
+        """A node has said what it holds. Returns why the job cannot begin with that, or an empty string."""
+        if self.memory is not None:
+            self.memory.held[record.node] = record
+        return (yield from self._answered({record.node}))
+
+    def gone(self, nodes: Iterable[int]) -> Answer[str]:
+        """These are out of the job. Returns as `set_aside`."""
+        if self.memory is not None:
+            for node in nodes:
+                self.memory.held.pop(node, None)
+        return (yield from self._answered(nodes))
+
+    def _answered(self, nodes: Iterable[int]) -> Answer[str]:
+        memory = self.memory
+        if memory is None or memory.waiting is None:
+            return ""
+        memory.waiting -= set(nodes)
+        if memory.waiting or self._resumes_at is not None:
+            return ""
+        holders: list[list[int]] = [[] for _ in memory.coordinates]
+        constants: list[list[int]] = [[] for _ in memory.coordinates]
+        for node, record in sorted(memory.held.items()):
+            for known, ranks in ((holders, record.ranks), (constants, record.constants)):
+                for rank in ranks:
+                    known[rank].append(node)
+        generation, lacking = memory.base.generation, [rank for rank, held in enumerate(holders) if not held]
+        if not lacking:
+            self._last = generation
+            self._resumes_at = r.ResumeAt(
+                generation, memory=r.InMemory(memory.base, memory.coordinates, holders, constants)
+            )
+            yield Send(None, self._resumes_at)
+            return ""
+        others = f", and of {len(lacking) - 1} others" * (len(lacking) > 1)
+        why = f"nobody holds the shard of rank {lacking[0]}{others}"
+        yield from self.bad("", why)
+        return f"{why} of generation {generation}"
 
     def start_again(self, active: Iterable[int], epoch: int, node: int | None = None) -> Effects:
         """Agents (None: perhaps all) are back that may not have heard where training begins."""
@@ -219,6 +295,19 @@ class Durability:
                     self._recut.append((generation, name))
         self._begun = not starting
         self._last = self.newest or 0
+
+    def dump_memory(self) -> list[Any] | None:
+        """`memory`, as JSON types. Large."""
+        if self.memory is None:
+            return None
+        coordinates = [[c.rank, c.tp, c.pp, c.dp, c.cp, c.ep] for c in self.memory.coordinates]
+        return [list(msgspec.structs.astuple(self.memory.base)), coordinates]
+
+    def load_memory(self, kept: list[Any] | None) -> None:
+        """The opposite."""
+        if kept is not None:
+            base, coordinates = kept
+            self.memory = _Memory(r.Base(*base), [r.CoordinateInfo(*each) for each in coordinates])
 
     def _load(self, active: Iterable[int]) -> Effects:
         if self._recut and not self._complete:
@@ -313,16 +402,17 @@ class Durability:
 
     # ---- draining
 
-    def committed(
-        self, kept: Version, active: Sequence[int], now: float, training: bool = True, wanted: bool = False
-    ) -> Effects:
-        """The whole job has committed ``kept``; drain it when it is due, or at once where it is ``wanted``.
+    def committed(self, kept: Version, active: Sequence[int], now: float, training: bool = True) -> Effects:
+        """The whole job has committed ``kept``; drain it when it is due.
 
         Not while ``training`` is False: vaults commit what a spare fetches before its worker has said what that is.
         """
         self._kept = kept
         spec = self._spec
-        if spec is None:
+        if self.memory is not None:
+            self.memory = None
+            yield Persist(("now", "layout"))
+        if spec is None or not spec.directory:
             return
         if self._first is None:
             self._first = (now, kept.generation)
@@ -333,36 +423,23 @@ class Durability:
         newest, attempt = self.newest, self._attempt
         if newest is not None and kept.generation <= newest:
             return
-        wanted = wanted and now >= self._wanted_again and self._preempted is None
-        if wanted and attempt is not None and not attempt.wanted and attempt.sealing is None:
-            yield Send(None, r.GiveUpDrain(attempt.name, active[0]))  # it takes its time, and is older
-            self._attempt = attempt = None
         if attempt is not None:
             return
         if self._preempted is not None:
             yield from self._begin(kept, active, now, 0.0)
-        elif wanted:
-            self._wanted_again = now + _WANTED_AGAIN_S
-            yield from self._begin(kept, active, now, 0.0, wanted=True)
         elif spec.interval and (self._retry or kept.generation // spec.interval > self._last // spec.interval):
             since, generation = self._first
             pace = (now - since) / max(1, kept.generation - generation)
             yield from self._begin(kept, active, now, _SHARE * spec.interval * max(0.0, pace))
 
     def _begin(
-        self,
-        version: Version,
-        active: Sequence[int],
-        now: float,
-        seconds: float,
-        last: bool = False,
-        wanted: bool = False,
+        self, version: Version, active: Sequence[int], now: float, seconds: float, last: bool = False
     ) -> Effects:
         assert self._spec is not None
         self._attempts += 1
         name = directory_name(version.generation, self._spec.job, self._attempts)
         deadline = now + self._spec.deadline
-        self._attempt = _Attempt(name, version, now, deadline, set(active), last=last, wanted=wanted)
+        self._attempt = _Attempt(name, version, now, deadline, set(active), last=last)
         self._last = version.generation
         self._retry = False
         yield Send(None, r.DrainShards(name, version.epoch, version.generation, seconds))
@@ -422,8 +499,7 @@ class Durability:
         self._is_durable((generation, attempt.name))
         self._unsure.clear()
         yield Persist()
-        self._attempt, self._wanted_again = None, -math.inf
-        self.last_is_over, self.wanted_is_durable = attempt.last, attempt.wanted
+        self._attempt, self.last_is_over = None, attempt.last
         fields: dict[str, Any] = {"problems": record.problems} if record.problems else {}
         if record.problems:
             fields["message"] = f"generation {generation} is durable, but {record.problems[0]}"
@@ -544,7 +620,7 @@ class Durability:
     @property
     def can_drain(self) -> bool:
         """There is a durable directory, and it is this job's."""
-        return self._spec is not None and not self._taken
+        return self._spec is not None and bool(self._spec.directory) and not self._taken
 
     def preempt(self, assignment: Sequence[r.SlotAddress], now: float) -> Effects:
         """The job has to leave soon: drain the newest committed generation at once. `leave` says when, and what to say.

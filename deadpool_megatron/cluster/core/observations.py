@@ -92,7 +92,7 @@ class Observations:
             if self._state.protection.committed():
                 yield emit("protected", survives=self._state.protection.degree, iteration=told.kept.generation)
             state = self._state
-            yield from state.durability.committed(told.kept, state.members.active(), now, training, state.can_grow())
+            yield from state.durability.committed(told.kept, state.members.active(), now, training)
 
     def catch_up(self, node: int | None) -> Effects:
         """A node (None: all) was away: what was told meanwhile it has not heard, and without it could skip for ever."""

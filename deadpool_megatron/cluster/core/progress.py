@@ -68,6 +68,11 @@ class Progress:
             self.iteration = self.reached = iteration
             self.fresh = False
 
+    @property
+    def kept(self) -> Version | None:
+        """The newest version that all have committed in this epoch."""
+        return self._kept
+
     def held_back_by(self) -> str:
         """What the next commit waits for, in words."""
         nodes = sorted(int(str(node)) for node in self._ledger.lacking())

@@ -19,8 +19,9 @@ from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.placement import assignment as placing
-from deadpool_megatron.cluster.placement.agreement import Agreement, NoCommonGeneration, RefusedCopy, agree
+from deadpool_megatron.cluster.placement.agreement import ANY_EPOCH, Agreement, NoCommonGeneration, RefusedCopy, agree
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.vault import Version
 
 
 class Recoveries:
@@ -43,6 +44,7 @@ class Recoveries:
         self._purpose: r.Purpose = "resume"
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
+        self._written = ANY_EPOCH  # in which that was
         self._waits_until: float | None = None
         self._wait_told = False  # by this coordinator
         self._end = ""  # why the job cannot go on, once it only saves or drains what it has
@@ -154,7 +156,7 @@ class Recoveries:
             shrinks = self._purpose != "save" and state.can_shrink()
             if plan is not None and state.layout.can_rescue and not self._not_saved and not shrinks:
                 self._purpose = "save"
-            elif plan is not None and state.durability.can_drain:
+            elif plan is not None and (shrinks or state.durability.can_drain):
                 self._purpose = "drain"
             else:
                 yield self._unsaved("" if there else "nobody survives")
@@ -319,7 +321,7 @@ class Recoveries:
                 f"training goes back to durable generation {agreement.generation}",
             )
         recovery.agreed(agreement.generation, now)
-        self._generation = agreement.generation
+        self._generation, self._written = agreement.generation, agreement.epoch
         state.progress.go_on(members.active(), members.epoch, agreement.generation)
         yield emit(
             "agreed",
@@ -445,8 +447,7 @@ class Recoveries:
             else:
                 yield emit(step, iteration=recovery.generation)
             if step == "prepared" and self._purpose == "drain":
-                recovery.deadline = None  # a drain has its own
-                yield from self._state.durability.drain_last(recovery.generation, self._state.members.active(), now)
+                yield from self._drain_last(recovery, now)
                 return
         if recovery.restored_reported and recovery.compared_s is not None:
             yield emit("compared", iteration=recovery.generation, seconds=recovery.compared_s)
@@ -457,6 +458,19 @@ class Recoveries:
             yield emit("resumed", iteration=recovery.generation)
             yield from self.let_helpers_go()
             yield Persist()
+
+    def _drain_last(self, recovery: Recovery, now: float) -> Effects:
+        """All nodes hold the newest generation: it stays in memory for fewer replicas, or becomes durable."""
+        state = self._state
+        if state.can_shrink() and not state.durability.leaves:
+            version = Version(self._written, recovery.generation)
+            state.durability.keep_in_memory(version, state.layout.coordinates, state.members.epoch)
+            yield Resize(self._end)
+        elif state.durability.can_drain:
+            recovery.deadline = None  # a drain has its own
+            yield from state.durability.drain_last(recovery.generation, state.members.active(), now)
+        else:
+            yield self._unsaved()
 
     def covered(self, record: r.Covered) -> Effects:
         """What a node's ranks go on from has all its copies again."""

@@ -56,7 +56,7 @@ class Start:
         if self._all_are_there:
             job = self._state.job
             self.began = self.began or self._state.members.unix_s
-            yield Send(None, self._roster())
+            yield Send(None, self._roster(asks=True))
             self._told = True
             if not self.epoch:
                 names = [state.name for _, state in sorted(self._state.members.nodes.items())]
@@ -71,7 +71,7 @@ class Start:
         if self._all_are_there:
             self._told = self._told or node is None
             if roster:
-                yield Send(node, self._roster())
+                yield Send(node, self._roster(asks=node is None))
             yield from self._state.durability.start_again(members.active(), members.epoch, node)
 
     @property
@@ -107,15 +107,19 @@ class Start:
         yield emit("joined", node=record.node, host=record.host, name=record.name, **more)
         yield Persist()
 
-    def _roster(self) -> r.Roster:
-        members = self._state.members
+    def _roster(self, asks: bool = False) -> r.Roster:
+        """``asks``: it is for all, who say what they hold of what the job begins with."""
+        members, memory = self._state.members, self._state.durability.memory
         anew = members.epoch == self.epoch > 0
-        return r.Roster(members.epoch, members.assignment, members.vaults(), anew=anew, began=self.began)
+        if memory is not None and asks:
+            memory.ask(node for node in members.present() if members.nodes[node].agent_pid)
+        base = memory.base if memory is not None and anew else None
+        return r.Roster(members.epoch, members.assignment, members.vaults(), anew=anew, began=self.began, base=base)
 
     # ---- once more
 
     def unreadable(self, record: r.FetchFailed) -> Effects:
-        """A rank cannot read what it begins with, of a durable generation of another number of replicas."""
+        """A rank cannot read what it begins with, of a generation of another number of replicas."""
         self._unread[record.node] = record.why
         yield from self._judge_unread()
 
@@ -129,7 +133,10 @@ class Start:
             yield from state.durability.bad(base[1], damaged)
             older = state.durability.base
             if older is not None and members.can_begin_anew:
-                yield StartOver(f"durable generation {base[0]} cannot be used")
+                yield StartOver(f"{'durable ' * bool(base[1])}generation {base[0]} cannot be used")
+                return
+            if not base[1]:
+                yield Stop(Exit.GENERATION_LOST, damaged)
                 return
             way_out = "no other durable generation is there: "
             if older is not None:
@@ -139,6 +146,21 @@ class Start:
         elif self._unread and self._not_registered() <= self._unread.keys():
             node, why = next(iter(self._unread.items()))
             yield Lose({node}, why)
+
+    def set_aside(self, record: r.SetAside) -> Effects:
+        """A node has said what it holds of what the job begins with."""
+        if record.epoch == self._state.members.epoch:
+            yield from self._judge_held((yield from self._state.durability.set_aside(record)))
+
+    def gone(self, nodes: set[int]) -> Effects:
+        """These are out of the job, and held no coordinates."""
+        yield from self._judge_held((yield from self._state.durability.gone(nodes)))
+
+    def _judge_held(self, why: str) -> Effects:
+        if why and self._state.durability.base is not None:
+            yield StartOver(why)
+        elif why:
+            yield Stop(Exit.GENERATION_LOST, f"more nodes were lost than the redundancy covers: {why}")
 
     def over(self, reason: str) -> Answer[bool]:
         """The start begins anew, with a spare for each node that is lost. False: there is none, and the job ends."""
@@ -163,8 +185,8 @@ class Start:
         return True
 
     def resized(self, why: str, before: list[r.SlotAddress]) -> Answer[bool]:
-        """The job begins anew with as many replicas as its nodes can hold, from the newest durable generation. False:
-        they hold none, and the job ends.
+        """The job begins anew with as many replicas as its nodes can hold, from `Durability.base`. False: they hold
+        none, and the job ends.
 
         Args:
             before: how coordinates were placed.
@@ -195,7 +217,7 @@ class Start:
             spares=spares,
             reason=why,
             message=f"{why}: the job goes on with {width} {'instead ' * (width > was)}of {was} data-parallel replicas, "
-            f"from durable generation {base[0]}, on {r.few_nodes(members.active())}{free}",
+            f"from {'durable ' * bool(base[1])}generation {base[0]}, on {r.few_nodes(members.active())}{free}",
         )
         return True
 

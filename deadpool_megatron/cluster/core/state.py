@@ -36,9 +36,8 @@ class JobState:
     end: tuple[int, str] | None = None
 
     def can_shrink(self) -> bool:
-        """The job goes on with fewer replicas if spares run out: its nodes can hold some, which begin with what is, or
-        will be, durable."""
-        wanted = self.job.when_out_of_spares == "shrink" and self.durability.can_drain
+        """The job goes on with fewer replicas if spares run out: its nodes can hold some."""
+        wanted = self.job.when_out_of_spares == "shrink"
         return wanted and self.replicas() > 0 and self.members.can_begin_anew
 
     def can_grow(self) -> bool:
@@ -47,8 +46,7 @@ class JobState:
         layout, members = self.layout, self.members
         if self.job.when_out_of_spares != "shrink" or not 0 < layout.width < self.widest:
             return False
-        grows = self.durability.can_drain and self._fitting(self._at_hand()) > layout.width
-        return grows and members.can_begin_anew
+        return not self.durability.leaves and self._fitting(self._at_hand()) > layout.width and members.can_begin_anew
 
     def _at_hand(self) -> int:
         members = self.members

@@ -30,13 +30,15 @@ class Agreement:
     """The newest generation every coordinate can have, and who gives the shard to the ranks that do not hold it.
 
     ``rebuilds``: by rank that nobody holds whole, by part of its shard, k shares to rebuild it from. ``held``: vaults
-    can give all of it; else some of it is live state alone, and what was committed before must stay.
+    can give all of it; else some of it is live state alone, and what was committed before must stay. ``epoch``: in
+    which it was written; ANY_EPOCH: it is the same, whenever that was.
     """
 
     generation: int
     sources: dict[int, Source]
     rebuilds: dict[int, list[list[Share]]] = field(default_factory=dict)
     held: bool = True
+    epoch: int = ANY_EPOCH
 
 
 def agree(
@@ -84,7 +86,7 @@ def agree(
             sources[rank] = Source(node, epoch, same)
     held = vaults.get(key, set())
     in_vaults = all(rank in held or shares.parts(rank, key) for rank in range(ranks))
-    return Agreement(key[1], dict(sorted(sources.items())), rebuilds, in_vaults)
+    return Agreement(key[1], dict(sorted(sources.items())), rebuilds, in_vaults, key[0])
 
 
 def _key(epoch: int, generation: int, repeatable: bool) -> _Key:

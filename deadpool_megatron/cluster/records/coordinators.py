@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from deadpool_megatron.cluster.records.durability import DurableOrder
+from deadpool_megatron.cluster.records.durability import Base, DurableOrder
 from deadpool_megatron.cluster.records.values import (
     Address,
     Fault,
@@ -24,7 +24,7 @@ class Roster(OfEpoch, frozen=True):
 
     ``anew``: a node was lost before there was anything to go on from, so workers that have a coordinate, or had one,
     end, and those of the assignment begin the script from its first line. ``began``: when the job did, in seconds since
-    1970; 0: unknown.
+    1970; 0: unknown. ``base``: what they begin with, if that is to stay in memory for them.
     """
 
     assignment: list[SlotAddress]
@@ -32,6 +32,7 @@ class Roster(OfEpoch, frozen=True):
     version: int = 0
     anew: bool = False
     began: float = 0.0
+    base: Base | None = None
 
 
 class Placement(OfEpoch, frozen=True):

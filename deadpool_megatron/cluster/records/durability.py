@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deadpool_megatron.cluster.records.values import CoordinateInfo, OfNode, Record
+from deadpool_megatron.cluster.records.values import CoordinateInfo, OfNode, OfNodeInEpoch, Record, Value
 from deadpool_megatron.durable import ShardFile
 
 # ---- coordinator -> agents
@@ -46,15 +46,37 @@ class LoadShards(Record, frozen=True):
     epoch: int = 0
 
 
-class ResumeAt(Record, frozen=True):
-    """Training begins with this durable generation, which every vault holds; -1: with none.
+class Base(Value, frozen=True):
+    """A generation in the nodes' memory that a job with another number of replicas begins with.
 
-    ``recut``: the name of its directory where it is of another number of replicas; no vault holds it then, and ranks
-    read what they need of it.
+    ``epoch``: in which it was chosen. ``version_epoch``: in which it was written; -1: what each node has of the
+    generation is the same, whenever it was.
+    """
+
+    epoch: int
+    version_epoch: int
+    generation: int
+
+
+class InMemory(Value, frozen=True):
+    """A `Base`, its coordinates, and by its ranks the nodes that hold the shard, and what never changes of the rank."""
+
+    base: Base
+    coordinates: list[CoordinateInfo]
+    holders: list[list[int]]
+    constants: list[list[int]]
+
+
+class ResumeAt(Record, frozen=True):
+    """Training begins with this generation, which every vault holds; -1: with none.
+
+    No vault has it as the ranks need it where it is of another number of replicas: they read what they need of it, in
+    the durable directory ``recut``, or in ``memory``.
     """
 
     generation: int
     recut: str = ""
+    memory: InMemory | None = None
 
 
 DurableOrder = DrainShards | SealGeneration | GiveUpDrain | LoadShards | ResumeAt
@@ -87,11 +109,18 @@ class ShardsLoaded(OfNode, frozen=True):
     epoch: int = 0
 
 
+class SetAside(OfNodeInEpoch, frozen=True):
+    """Of which ranks of the `Base` that the start begins with this node holds the shard, and what never changes."""
+
+    ranks: list[int]
+    constants: list[int]
+
+
 class PreemptionNotice(OfNode, frozen=True):
     """This node was told (SIGTERM) that the job has to leave the machine soon."""
 
 
-DurableReport = ShardsDrained | GenerationSealed | ShardsLoaded | PreemptionNotice
+DurableReport = ShardsDrained | GenerationSealed | ShardsLoaded | SetAside | PreemptionNotice
 
 # ---- worker -> agent
 

@@ -13,7 +13,15 @@ from deadpool_megatron.cluster.records.agents import (
 )
 from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, ExitNotice, Form, Hold, Stop
 from deadpool_megatron.cluster.records.durability import Described
-from deadpool_megatron.cluster.records.values import OfEpoch, Record, SideEffectKind, Step
+from deadpool_megatron.cluster.records.values import (
+    Address,
+    CoordinateInfo,
+    OfEpoch,
+    Record,
+    SideEffectKind,
+    Step,
+    Value,
+)
 
 
 class WorkerStep(Record, frozen=True):
@@ -126,7 +134,8 @@ class Generation(OfEpoch, frozen=True):
 
     ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does). ``constants``: a durable
     generation's constants are in the own vault as well. ``live``: a live state of this generation is it too. ``note``:
-    one line for the user, or none. ``recut``: as of `ResumeAt`; ``path`` is empty then.
+    one line for the user, or none. ``recut``: as of `ResumeAt`; ``path`` is empty then. ``memory``: a file that says
+    where that generation is in memory (`megatron.in_memory`).
     """
 
     generation: int
@@ -137,6 +146,22 @@ class Generation(OfEpoch, frozen=True):
     live: bool = True
     note: str = ""
     recut: str = ""
+    memory: str = ""
+
+
+class InVaults(Value, frozen=True):
+    """What the file ``memory`` of a `Generation` says, as msgpack: where its shards are.
+
+    ``epoch``: of who asks. ``base_epoch``, ``generation``: under which version vaults have it set aside. ``holders``:
+    by rank, and holder of its constants (`vault.constants_of`), the vaults that have them.
+    """
+
+    secret: bytes
+    epoch: int
+    base_epoch: int
+    generation: int
+    coordinates: list[CoordinateInfo]
+    holders: dict[int, list[Address]]
 
 
 class Where(Record, frozen=True):
