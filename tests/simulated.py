@@ -39,7 +39,7 @@ class SimulatedJob:
         **more: Any,
     ) -> None:
         """``replica``: pipeline stages, each of one rank; ``more``: of `JobSpec`."""
-        preempt = durable is not None
+        preempt = durable is not None and bool(durable.directory)
         self.core = Core(
             JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable, on_preempt=preempt, **more)
         )

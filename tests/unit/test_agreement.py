@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deadpool_megatron.cluster.placement.agreement import ANY_EPOCH, NoCommonGeneration, agree
@@ -169,7 +171,15 @@ def test_a_live_state_counts_as_the_version_that_it_would_have_been_written_as()
     offers = {n: Offer(2, n, {n: 8}, {n: [(0, 7)]}, {}, live_epochs={n: n % 2}) for n in range(3)}
     assert agree(THREE, offers, repeatable=False).generation == 7
     offers = {n: Offer(2, n, {n: 8}, {n: [(0, 7)]}, {}, live_epochs={n: 1}) for n in range(3)}
-    assert agree(THREE, offers, repeatable=False) == agree(THREE, offers)
+    agreed = agree(THREE, offers, repeatable=False)
+    assert agreed == replace(agree(THREE, offers), epoch=1)
+
+
+def test_in_which_epoch_what_is_agreed_on_was_written_is_known_where_that_makes_a_difference() -> None:
+    offers = {n: offer(n, {n: None}, {n: [(0, 8), (1, 8)]}) for n in range(3)}
+    assert agree(THREE, offers, repeatable=False).epoch == 1 and agree(THREE, offers).epoch == ANY_EPOCH
+    offers[1] = offer(1, {1: None}, {1: [(0, 8)]})
+    assert agree(THREE, offers, repeatable=False).epoch == 0 and agree(THREE, offers).epoch == ANY_EPOCH
 
 
 def test_a_rank_that_has_the_number_live_takes_the_version_from_its_vault_where_that_is_the_common_one() -> None:

@@ -12,18 +12,21 @@ import pytest
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.durable import DurableSpec
-from deadpool_megatron.cluster.core.effects import Keep
+from deadpool_megatron.cluster.core.effects import Keep, Send
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import ShardFile
 from simulated import DEADLINES, SimulatedJob
 
+MEMORY = DurableSpec("", "", resume=True)
+DURABLE = DurableSpec("/durable", "job", 100, resume=True)
+
 
 def job(nodes: int = 3, spares: int = 0, slots: int = 1, replica: int = 1, **more: Any) -> SimulatedJob:
-    """Has committed generation 5."""
-    spec = DurableSpec("/durable", "job", 100, resume=True)
-    it = SimulatedJob(nodes, spares, slots, durable=spec, replica=replica, when_out_of_spares="shrink", **more)
+    """Has committed generation 5. No durable directory, unless it is asked for."""
+    more = {"durable": MEMORY, **more}
+    it = SimulatedJob(nodes, spares, slots, replica=replica, when_out_of_spares="shrink", **more)
     it.train()
     it.commit(5)
     return it
@@ -42,24 +45,42 @@ def answer(it: SimulatedJob, without: Sequence[int] = (), nodes: Sequence[int] |
     assert memory is not None
     ranks = range(len(memory.coordinates))
     there = [node for node in it.core.members.present() if it.core.nodes[node].agent_pid]
+    epoch = it.core.epoch
     for place, node in enumerate(there):
         held = [rank for rank in ranks if (rank - place) % len(there) < 2 and rank not in without]
         if nodes is None or node in nodes:
-            it.feed(r.SetAside(it.core.epoch, node, held, []))
+            it.feed(r.SetAside(epoch, node, held, []))
+
+
+def coordinates(width: int) -> list[r.CoordinateInfo]:
+    """Of so many replicas of one rank."""
+    return [r.CoordinateInfo(rank, 0, 0, rank) for rank in range(width)]
 
 
 def write(it: SimulatedJob, error: str = "") -> None:
     """The drain under way comes to its end."""
     name = it.told(r.DrainShards)[-1].name
+    if error:
+        it.feed(r.ShardsDrained(it.active[0], name, [], error))
+    else:
+        it.feed(r.GenerationSealed(seal(it, name), name, "", []))
+
+
+def base(it: SimulatedJob) -> r.Base | None:
+    """What the start under way, or the last one, begins with out of memory."""
+    roster: r.Roster = it.told(r.Roster)[-1]
+    return roster.base
+
+
+def seal(it: SimulatedJob, name: str) -> int:
+    """All shards of the drain under way are written: the node that writes its manifest."""
     for node in it.active:
         ranks = placing.ranks_of(it.core.assignment, node).values()
         shards = [ShardFile(rank, f"rank-{rank:05d}.safetensors", 100, "0", "layout") for rank in ranks]
-        it.feed(r.ShardsDrained(node, name, [] if error else shards, error))
-        if error:
-            return
-    seal = next(each for each in reversed(it.sent) if isinstance(each.record, r.SealGeneration))
-    assert seal.node is not None
-    it.feed(r.GenerationSealed(seal.node, name, "", []))
+        it.feed(r.ShardsDrained(node, name, shards, ""))
+    told = next(each for each in reversed(it.sent) if isinstance(each.record, r.SealGeneration))
+    assert told.node is not None
+    return told.node
 
 
 def begin(it: SimulatedJob) -> None:
@@ -79,9 +100,11 @@ def test_a_replica_leaves_with_the_node_that_nobody_replaces_and_the_others_begi
     assert declared.purpose == "drain" and it.finish is None
     drain(it)
     assert it.finish is None and it.core.phase is Phase.STARTING and it.active == [0, 2]
-    roster, resume = it.told(r.Roster)[-1], it.told(r.ResumeAt)[-1]
+    roster, (_, resume) = it.told(r.Roster)[-1], it.told(r.ResumeAt)
     assert roster.anew and len(roster.assignment) == 2 and roster.epoch == it.core.epoch == 2
-    assert resume.generation == 5 and resume.recut == it.told(r.DrainShards)[-1].name
+    assert roster.base == r.Base(1, -1, 5) and (resume.generation, resume.recut) == (5, "")
+    whole = r.InMemory(r.Base(1, -1, 5), coordinates(3), [[0, 2]] * 3, [[]] * 3)
+    assert resume.memory == whole and not it.told(r.DrainShards)
     (event,) = it.events("shrunk")
     assert (event["width"], event["was"], event["iteration"], event["lost"]) == (2, 3, 5, [1])
     begin(it)
@@ -101,7 +124,7 @@ def test_one_loss_after_the_other_costs_one_replica_each_down_to_one_and_then_th
     assert it.told(r.Placement)[-1].groups == [[2, 2]]  # nobody else keeps its copies
     it.lose(2)
     code, message = it.end
-    assert code == Exit.NO_SPARE and "generation 5 is durable" in message
+    assert code == Exit.NO_SPARE and "nobody survives" in message
 
 
 def test_the_healthy_nodes_of_the_replica_that_leaves_are_spares_at_once_and_the_next_loss_is_a_swap() -> None:
@@ -135,21 +158,26 @@ def test_nodes_hold_whole_replicas_and_are_full_or_the_job_ends() -> None:
     assert it.events("shrunk")[0]["width"] == 6 and len(it.active) == 3
     it = job(nodes=3, slots=2, replica=3, can_rescue=False)  # one would take one node and a half
     it.lose(1)
-    drain(it)
     assert it.end[0] == Exit.NO_SPARE
+    it = job(nodes=3, slots=2, replica=3, can_rescue=False, durable=DURABLE)
+    it.lose(1)
+    it.arrive()
+    it.prepare()
+    write(it)
+    assert it.end[0] == Exit.NO_SPARE and "generation 5 is durable" in it.end[1]
 
 
 def test_a_node_lost_in_the_last_drain_or_in_the_new_start_costs_no_more_than_the_nodes_can_no_longer_hold() -> None:
     it = job(nodes=4)
     it.lose(1)
     it.arrive()
-    it.prepare()
     it.lose(0)
     assert it.told(r.Declare)[-1].purpose == "drain" and it.finish is None
     drain(it)
     assert it.active == [2, 3]
     it.register(0)
     it.lose(3)
+    answer(it)
     assert it.core.phase is Phase.STARTING and it.active == [2] and it.finish is None
     assert [each["width"] for each in it.events("shrunk")] == [2, 1]
     assert it.told(r.ResumeAt)[-1].generation == 5
@@ -167,7 +195,9 @@ def test_a_node_lost_before_the_first_commit_of_the_new_width_has_the_job_begin_
     for node in sorted(it.core.recovery.givers if it.core.recovery is not None else ()):
         it.feed(r.Offer(it.core.epoch, node, {}, {}, {}, arrived=True))
     assert it.core.phase is Phase.STARTING and spare in it.active and len(it.events("shrunk")) == 1
-    assert it.told(r.ResumeAt)[-1].generation == 5 and it.told(r.ResumeAt)[-1].recut
+    assert base(it) == r.Base(1, -1, 5)
+    answer(it)
+    assert it.told(r.ResumeAt)[-1].memory.base == r.Base(1, -1, 5) and len(it.told(r.ResumeAt)) == 3
 
 
 def test_what_was_written_by_a_wider_job_is_nothing_to_go_on_from() -> None:
@@ -181,23 +211,30 @@ def test_what_was_written_by_a_wider_job_is_nothing_to_go_on_from() -> None:
     old = {0: [(0, 5)], 1: [(0, 5)]}
     for node in sorted(it.core.recovery.givers if it.core.recovery is not None else ()):
         it.feed(r.Offer(it.core.epoch, node, {}, old, old, arrived=True))
-    assert not it.told(r.Agree)[1:] and it.core.phase is Phase.STARTING
+    assert not it.told(r.Agree)[1:] and it.core.phase is Phase.STARTING and base(it) == r.Base(1, -1, 5)
 
 
-def test_a_generation_that_cannot_be_made_durable_gives_way_to_the_one_before_or_the_job_ends() -> None:
+def test_a_generation_that_nobody_holds_gives_way_to_the_newest_durable_one_or_the_job_ends() -> None:
     it = job()
     it.lose(1)
-    drain(it, "no space left")
-    assert it.end[0] == Exit.NO_SPARE and "no checkpoint could be saved" in it.end[1]
-    it = job()
-    it.commit(100)
-    write(it)
-    it.commit(101)
+    drain(it, without=[1, 2])
+    code, message = it.end
+    assert code == Exit.GENERATION_LOST and it.events("base_lost")[0]["iteration"] == 5
+    assert "nobody holds the shard of rank 1, and of 1 others of generation 5" in message
+    it = job(durable=DURABLE)
+    for generation in (100, 200):
+        it.commit(generation)
+        write(it)
+    name = it.told(r.DrainShards)[-1].name
+    it.commit(201)
     it.lose(1)
-    it.arrive(101)
+    it.arrive(201)
     it.prepare()
-    write(it, "no space left")
-    assert it.finish is None and it.events("shrunk")[0]["iteration"] == 100
+    answer(it, without=[0])
+    assert it.finish is None and it.core.phase is Phase.STARTING and it.core.epoch == 3
+    assert it.events("base_lost")[0]["iteration"] == it.events("shrunk")[0]["iteration"] == 201
+    assert base(it) is None and it.told(r.ResumeAt)[-1] == r.ResumeAt(200, name)
+    begin(it)
 
 
 def test_a_wait_for_a_spare_comes_first_and_a_spare_that_comes_costs_no_replica() -> None:
@@ -236,16 +273,18 @@ def test_without_end_a_job_waits_for_a_node_to_come() -> None:
 
 
 def test_saving_is_what_a_job_does_that_was_not_asked_to_shrink() -> None:
-    it = SimulatedJob(3, 0, 1, durable=DurableSpec("/durable", "job", 100, resume=True), can_rescue=False).train()
+    it = SimulatedJob(3, 0, 1, durable=DURABLE, can_rescue=False).train()
     it.commit(5)
     it.lose(1)
-    drain(it)
+    it.arrive()
+    it.prepare()
+    write(it)
     assert it.end[0] == Exit.NO_SPARE and "durable" in it.end[1]
 
 
-def test_a_job_that_another_launcher_has_started_cannot_begin_anew_and_ends_as_ever() -> None:
-    spec = DurableSpec("/durable", "job", 100, resume=True)
-    it = SimulatedJob(3, 0, 1, durable=spec, when_out_of_spares="shrink", can_rescue=False)
+@pytest.mark.parametrize("durable", [MEMORY, DURABLE])
+def test_a_job_that_another_launcher_has_started_cannot_begin_anew_and_ends_as_ever(durable: DurableSpec) -> None:
+    it = SimulatedJob(3, 0, 1, durable=durable, when_out_of_spares="shrink", can_rescue=False)
     for node in range(3):
         it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [node], respawns=False))
     for rank in range(3):
@@ -253,7 +292,10 @@ def test_a_job_that_another_launcher_has_started_cannot_begin_anew_and_ends_as_e
     it._groups = it.core.protection.groups
     it.commit(5)
     it.lose(1)
-    drain(it)
+    if durable is DURABLE:
+        it.arrive()
+        it.prepare()
+        write(it)
     assert it.end[0] == Exit.NO_SPARE
 
 
@@ -273,25 +315,63 @@ def restarted(it: SimulatedJob, stored: dict[str, Any], found: DurableSpec | Non
     return again
 
 
-@pytest.mark.parametrize("cut", [0, 1])
-def test_a_coordinator_that_takes_over_in_the_last_drain_or_in_the_new_start_goes_on_with_it(cut: int) -> None:
+def rejoin(it: SimulatedJob, nodes: Sequence[int], epoch: int, **more: Any) -> None:
+    """Agents are back, in the epoch that they were told."""
+    for node in nodes:
+        it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node], epoch=epoch, **more))
+
+
+@pytest.mark.parametrize("heard", [1, 2])
+@pytest.mark.parametrize("answers", [[], [0], [0, 2]])
+def test_a_coordinator_that_takes_over_in_the_new_start_asks_all_again_what_they_hold(
+    answers: list[int], heard: int
+) -> None:
     it = job()
     it.lose(1)
     it.arrive()
     it.prepare()
-    if cut:
-        write(it)
+    answer(it, nodes=answers)
     again = restarted(it, it.core.dump())
-    for node in (0, 2):
-        again.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node], epoch=1))
-    again._held, again._groups = it._held, it._groups
-    if not cut:
-        assert again.told(r.Declare)[-1].purpose == "drain"
-        drain(again)
+    rejoin(again, [0, 2], epoch=heard)
     assert again.core.phase is Phase.STARTING and again.active == [0, 2] and len(again.core.assignment) == 2
-    assert again.told(r.ResumeAt)[-1].generation == 5 and again.told(r.ResumeAt)[-1].recut
+    assert again.core.epoch == (2 if heard == 2 else 3) and not again.told(r.ResumeAt)
+    assert base(again) == r.Base(1, -1, 5)
+    answer(again)
+    (resume,) = again.told(r.ResumeAt)
+    assert resume.memory == r.InMemory(r.Base(1, -1, 5), coordinates(3), [[0, 2]] * 3, [[]] * 3)
     begin(again)
-    assert again.core.epoch >= 2
+    again.commit(6)
+    assert again.core.committed == 6
+
+
+def test_a_coordinator_that_takes_over_in_the_recovery_that_ends_with_fewer_replicas_goes_on_with_it() -> None:
+    it = job()
+    it.lose(1)
+    it.arrive()
+    again = restarted(it, it.core.dump())
+    rejoin(again, [0, 2], epoch=1)
+    again._held, again._groups = it._held, it._groups
+    assert again.told(r.Declare)[-1].purpose == "drain"
+    drain(again)
+    assert again.active == [0, 2] and again.told(r.ResumeAt)[-1].memory.base == r.Base(2, -1, 5)
+    begin(again)
+
+
+@pytest.mark.parametrize("lost", ["before", "after"])
+def test_a_node_that_a_coordinator_which_takes_over_does_not_find_is_not_waited_for(lost: str) -> None:
+    it = job(nodes=4)
+    it.lose(1)
+    it.arrive()
+    it.prepare()
+    if lost == "after":
+        answer(it)
+    again = restarted(it, it.core.dump())
+    rejoin(again, [0, 2], epoch=2)
+    again.wait(60.0)
+    assert again.active == [0, 2] and again.core.nodes[3].role == "lost" and base(again) == r.Base(1, -1, 5)
+    answer(again)
+    assert again.told(r.ResumeAt)[-1].memory.holders == [[0, 2]] * 4
+    begin(again)
 
 
 def test_a_coordinator_that_takes_over_a_narrower_job_knows_its_width() -> None:
@@ -311,7 +391,7 @@ def test_a_coordinator_that_takes_over_a_narrower_job_knows_its_width() -> None:
     again.lose(0)
     again.arrive(6)
     again.prepare()
-    write(again)
+    answer(again)
     assert again.events("shrunk")[0]["width"] == 2 and again.events("shrunk")[0]["was"] == 3
 
 
@@ -319,17 +399,12 @@ def test_the_width_is_kept_before_anybody_is_told_of_it() -> None:
     it = job()
     it.lose(1)
     it.arrive()
-    it.prepare()
-    name = it.told(r.DrainShards)[-1].name
-    for node in it.active:
-        ranks = placing.ranks_of(it.core.assignment, node).values()
-        shards = [ShardFile(rank, "file", 100, "0", "layout") for rank in ranks]
-        it.feed(r.ShardsDrained(node, name, shards, ""))
-    seal = next(each for each in reversed(it.sent) if isinstance(each.record, r.SealGeneration))
-    assert seal.node is not None
-    actions = it.core.received(r.GenerationSealed(seal.node, name, "", []), it.now)
-    kept = [each for each in actions if isinstance(each, Keep)]
-    assert kept[-1].parts["members"]["world_size"] == 2
+    it.feed(r.NodeReady(it.core.epoch, 0))
+    actions = it.core.received(r.NodeReady(it.core.epoch, 2), it.now)
+    (told,) = (i for i, each in enumerate(actions) if isinstance(each, Send) and isinstance(each.record, r.Roster))
+    kept = next(each for each in actions[:told] if isinstance(each, Keep) and "members" in each.parts)
+    assert kept.parts["members"]["world_size"] == 2
+    assert json.loads(json.dumps(kept.parts["layout"]["base"]))[0] == [1, -1, 5]
 
 
 # ---- nodes that come again
@@ -354,18 +429,21 @@ def come(it: SimulatedJob) -> int:
     return node
 
 
-def test_a_replica_comes_back_with_a_node_from_the_next_generation_which_becomes_durable_at_once() -> None:
+def test_a_replica_comes_back_with_a_node_from_the_next_generation_that_all_commit() -> None:
     it = narrower()
-    assert not it.told(r.DrainShards)[1:]
     node = come(it)
-    it.commit(7)
-    assert it.told(r.DrainShards)[-1].generation == 7 and it.core.phase is Phase.RUNNING
-    it.commit(8)
-    write(it)
-    assert it.core.phase is Phase.STARTING and it.active == [0, 2, node] and it.told(r.Roster)[-1].anew
+    assert it.core.phase is Phase.RUNNING
+    it.commit(7, nodes=[0])
+    assert it.core.phase is Phase.RUNNING
+    it.commit(7, nodes=[2])
+    assert it.core.phase is Phase.STARTING and it.active == [0, 2, node]
+    assert it.told(r.Roster)[-1].anew and base(it) == r.Base(2, 2, 7)
     (event,) = it.events("grown")
     assert (event["width"], event["was"], event["iteration"], event["spares"]) == (3, 2, 7, [])
-    assert it.told(r.ResumeAt)[-1].generation == 7 and it.told(r.ResumeAt)[-1].recut == it.told(r.DrainShards)[-1].name
+    assert it.told(r.ResumeAt)[-1].generation == 5
+    answer(it)
+    whole = r.InMemory(r.Base(2, 2, 7), coordinates(2), [[0, node], [0, 2]], [[]] * 2)
+    assert it.told(r.ResumeAt)[-1] == r.ResumeAt(7, memory=whole) and not it.told(r.DrainShards)
     begin(it)
     it.commit(8)
     assert it.told(r.Placement)[-1].unique_bytes == [1 << 20] * 3
@@ -373,7 +451,7 @@ def test_a_replica_comes_back_with_a_node_from_the_next_generation_which_becomes
     assert it.told(r.Declare)[-1].purpose == "drain"
     it.arrive(8)
     it.prepare()
-    write(it)
+    answer(it)
     assert it.events("shrunk")[-1]["width"] == 2 and it.told(r.ResumeAt)[-1].generation == 8
 
 
@@ -390,10 +468,14 @@ def test_a_node_that_has_said_that_it_joins_is_not_waited_for_by_a_new_start_and
     it.take(actions)
     come(it)
     it.commit(6)
-    write(it)
     assert it.core.phase is Phase.STARTING and it.told(r.Roster)[-1].epoch == it.core.epoch
+    there = [node for node in it.core.members.present() if node != coming]
     it.join([coming])
-    assert it.events("joined")[-1]["node"] == coming and it.told(r.Roster)[-1].epoch == it.core.epoch
+    assert it.events("joined")[-1]["node"] == coming and it.told(r.Roster, coming)[-1].epoch == it.core.epoch
+    assert it.told(r.Roster, coming)[-1].base.generation == 6
+    answer(it, nodes=there)  # which has nothing of it, and is not waited for
+    assert it.told(r.ResumeAt)[-1].generation == 6
+    it.feed(r.SetAside(it.core.epoch, coming, [], []))
     begin(it)
 
 
@@ -403,35 +485,38 @@ def test_each_replica_that_comes_back_has_its_generation_at_once() -> None:
     drain(it)
     begin(it)
     it.lose(2)
-    it.arrive(5)
-    it.prepare()
-    write(it)
+    answer(it)
     begin(it)
     it.commit(6)
     for width, generation in ((3, 7), (4, 8)):
         come(it)
         it.commit(generation)
-        write(it)
-        assert it.events("grown")[-1]["width"] == width
+        answer(it)
+        assert it.events("grown")[-1]["width"] == width and it.told(r.ResumeAt)[-1].generation == generation
         begin(it)
+
+
+def replaced(**more: Any) -> SimulatedJob:
+    """A spare comes while the job prepares to go on with fewer replicas: it begins anew with as many, from memory."""
+    it = narrower(**more)
+    it.lose(0)
+    it.arrive(6)
+    come(it)
+    it.prepare()
+    assert it.core.phase is Phase.STARTING and len(it.active) == 2 and it.events("shrunk")[-1]["was"] == 2
+    answer(it)
+    return it
 
 
 def test_who_asks_again_where_a_start_begins_hears_of_the_generation_that_all_begin_with() -> None:
     """The job was wider, went on with what was cut anew for it, and begins at the same width with one of its own."""
-    it = narrower()
-    it.lose(0)
-    it.arrive(6)
-    it.prepare()
-    come(it)
-    write(it)
-    assert it.core.phase is Phase.STARTING and len(it.active) == 2 and it.events("shrunk")[-1]["was"] == 2
-    for each in it.active:
-        it.feed(r.ShardsLoaded(each, it.told(r.LoadShards)[-1].name, "", it.core.epoch))
+    it = replaced()
     told = it.told(r.ResumeAt)[-1]
-    assert (told.generation, told.recut) == (6, "")
+    assert told.generation == 6 and told.memory.base == r.Base(3, -1, 6)
     for each in it.active:
         it.feed(r.Join(each, 1000 + each, "127.0.0.1", 2000 + each, [99], epoch=it.core.epoch))
-        assert it.told(r.ResumeAt)[-1] == told
+        assert it.told(r.ResumeAt, each)[-1] == told
+    begin(it)
 
 
 def test_nodes_that_fill_no_replica_are_spares_until_there_are_enough() -> None:
@@ -442,10 +527,10 @@ def test_nodes_that_fill_no_replica_are_spares_until_there_are_enough() -> None:
     assert it.active == [3, 2] and not it.events("grown")
     come(it)
     it.commit(7)
-    assert len(it.told(r.DrainShards)) == 1
+    assert not it.events("grown")
     come(it)
     it.commit(8)
-    write(it)
+    answer(it)
     assert it.events("grown")[0]["width"] == 2 and len(it.active) == 4
 
 
@@ -459,7 +544,7 @@ def test_a_machine_that_fails_again_and_again_brings_no_replica_back() -> None:
             it.core.members.failed(node, "lost", "its agent is gone or silent")
         it.park([node])
         it.commit(7)
-        assert (len(it.told(r.DrainShards)) == 2) is grows
+        assert bool(it.events("grown")) is grows
 
 
 def test_a_spare_that_is_not_parked_or_has_failed_its_check_brings_no_replica_back() -> None:
@@ -468,27 +553,55 @@ def test_a_spare_that_is_not_parked_or_has_failed_its_check_brings_no_replica_ba
     it.take(actions)
     it.join([node])
     it.commit(7)
-    assert len(it.told(r.DrainShards)) == 1
+    assert not it.events("grown")
     it.park([node])
     it.core.nodes[node].unfit = "a wrong result"
     it.commit(8)
-    assert len(it.told(r.DrainShards)) == 1
+    assert not it.events("grown")
 
 
-def test_what_comes_between_puts_growing_off_and_what_cannot_be_written_is_not_tried_at_each_commit() -> None:
+def test_a_recovery_puts_growing_off_to_the_first_generation_that_all_commit_when_it_is_over() -> None:
     it = narrower()
     come(it)
+    it.commit(7, nodes=[0])
+    it.take(it.core.inject(r.Fault("abort", 0), it.now)[1])
+    assert it.core.recovery is not None
     it.commit(7)
-    write(it, "no space left")
+    it.arrive(7)
+    it.prepare()
+    it.commit(7)  # as a vault does with what it has fetched
+    assert it.core.recovery is not None and not it.events("grown")
+    it.form()
+    it.restore()
+    it.resume(7)
+    assert it.core.phase is Phase.RUNNING and not it.events("grown")
     it.commit(8)
-    assert len(it.told(r.DrainShards)) == 2 and it.core.phase is Phase.RUNNING
-    it.wait(31)
+    assert it.events("grown")[0]["iteration"] == 8
+
+
+def test_growing_waits_while_a_node_is_drained_or_awaited() -> None:
+    it = narrower(nodes=5)
+    come(it)
+    it.take(it.core.drain(0, it.now)[1])
+    assert it.core.drain_under_way is not None
+    it.commit(7)
+    assert not it.events("grown")
+    it.take(it.core.cancel_drain(0, it.now)[1])
+    it.recover(7)
+    it.take(it.core.node_away(2, it.now))
+    it.commit(8)
+    assert not it.events("grown") and it.core.committed == 8
+    rejoin(it, [2], epoch=it.core.epoch, kept=(3, 8))
     it.commit(9)
-    name = it.told(r.DrainShards)[-1].name
-    it.feed(r.WorkerExited(0, 0, 0, 4711, -9, it.core.epoch))
-    recovering = it.core.recovery is not None
-    it.feed(r.GenerationSealed(0, name, "", []))
-    assert recovering and not it.events("grown")
+    assert it.events("grown")[0]["iteration"] == 9
+
+
+def test_a_job_does_not_grow_that_a_node_is_through_with() -> None:
+    it = narrower()
+    come(it)
+    it.feed(r.Finished(it.core.epoch, 0))
+    it.commit(7)
+    assert not it.events("grown")
 
 
 def test_a_job_that_has_all_its_replicas_does_not_grow() -> None:
@@ -496,15 +609,18 @@ def test_a_job_that_has_all_its_replicas_does_not_grow() -> None:
     it.commit(6)
     come(it)
     it.commit(7)
-    assert not it.told(r.DrainShards)
+    assert not it.events("grown") and it.core.phase is Phase.RUNNING
 
 
-def growing() -> tuple[SimulatedJob, int]:
-    """A new start is under way, from generation 7, with a node more."""
-    it = narrower()
+def growing(durable: DurableSpec = MEMORY) -> tuple[SimulatedJob, int]:
+    """A new start is under way, from generation 107 in memory, with a node more; 100 is durable, if anything is."""
+    it = narrower(durable=durable)
+    if durable.directory:
+        it.commit(100)
+        write(it)
     node = come(it)
-    it.commit(7)
-    write(it)
+    it.commit(107)
+    answer(it)
     return it, node
 
 
@@ -513,47 +629,37 @@ def test_a_node_lost_in_the_start_of_a_wider_job_has_it_begin_at_the_width_befor
     it.register(0)
     it.lose(node)
     assert it.core.phase is Phase.STARTING and it.active == [0, 2] and it.finish is None
-    assert it.told(r.ResumeAt)[-1].generation == 7
+    answer(it)
+    assert it.told(r.ResumeAt)[-1].memory.base == r.Base(2, 2, 107) and len(it.told(r.ResumeAt)) == 4
     begin(it)
-    it.commit(8)
+    it.commit(108)
 
 
 def test_a_coordinator_that_takes_over_in_the_start_of_a_wider_job_knows_its_width() -> None:
-    it, node = growing()
-    # It is written at two widths: what comes first in the directory is not what the others begin with.
+    it, node = growing(DURABLE)
     assert it.core.job.durable is not None
-    again = restarted(it, it.core.dump(), replace(it.core.job.durable, recut=((7, "another"),), complete=((7, "own"),)))
-    for each in (0, 2, node):
-        again.feed(r.Join(each, 1000 + each, "127.0.0.1", 2000 + each, [10 * each], epoch=it.core.epoch))
+    # What comes first in the directory is not what the others begin with.
+    found = replace(it.core.job.durable, recut=((107, "another"),), complete=((107, "own"),))
+    again = restarted(it, it.core.dump(), found)
+    rejoin(again, [0, 2, node], epoch=it.core.epoch)
+    answer(again)
     assert again.core.phase is Phase.STARTING and again.active == [0, 2, node] and len(again.core.assignment) == 3
-    assert again.told(r.ResumeAt)[-1] == it.told(r.ResumeAt)[-1] and again.told(r.ResumeAt)[-1].generation == 7
-
-
-def test_what_is_drained_at_leisure_gives_way_to_a_newer_generation_that_brings_a_replica_back() -> None:
-    it = narrower()
-    it.wait(600.0)
-    it.commit(100)
-    slow = it.told(r.DrainShards)[-1]
-    assert slow.generation == 100 and slow.seconds > 0
-    it.commit(101)
-    assert it.told(r.DrainShards)[-1] is slow
-    come(it)
-    it.commit(102)
-    assert it.told(r.GiveUpDrain)[-1].name == slow.name
-    assert (it.told(r.DrainShards)[-1].generation, it.told(r.DrainShards)[-1].seconds) == (102, 0.0)
-    write(it)
-    assert it.events("grown")[0]["iteration"] == 102
+    assert again.told(r.ResumeAt) == [it.told(r.ResumeAt)[-1]] and again.told(r.ResumeAt)[-1].generation == 107
+    again = restarted(it, it.core.dump(), found)
+    rejoin(again, [0, 2, node], epoch=it.core.epoch)
+    answer(again, without=[1])
+    assert again.told(r.ResumeAt) == [r.ResumeAt(100, it.told(r.DrainShards)[0].name)]
 
 
 def test_what_a_preempted_job_drains_is_not_given_up_for_a_replica_that_could_come_back() -> None:
-    it = narrower()
+    it = narrower(durable=DURABLE)
     it.commit(7)
     it.take(it.core.preempted(it.now))
     last = it.told(r.DrainShards)[-1]
     assert last.generation == 7
     come(it)
     it.commit(8)
-    assert it.told(r.DrainShards)[-1] is last and not it.told(r.GiveUpDrain)
+    assert it.told(r.DrainShards)[-1] is last and not it.told(r.GiveUpDrain) and not it.events("grown")
 
 
 def test_a_spare_that_had_coordinates_for_the_last_drain_only_is_counted_as_parked_when_it_says_so() -> None:
@@ -579,13 +685,14 @@ def test_a_node_still_to_join_that_a_start_has_given_coordinates_is_a_spare_wher
     it.take(actions)
     come(it)
     it.commit(7)
-    write(it)
     it.lose(2)
     assert coming in it.active and it.core.phase is Phase.STARTING
     it.lose(3)
     assert coming not in it.active and it.core.nodes[coming].role == "spare"
     it.join([coming])
     it.park([coming])
+    answer(it)
+    assert it.told(r.ResumeAt)[-1].generation == 7
     begin(it)
     assert it.core.members.ready_spares() == [coming]
 
@@ -603,7 +710,8 @@ def test_a_node_that_comes_and_cannot_set_up_is_lost_and_the_job_begins_as_narro
             )
         )
     assert it.finish is None and it.core.phase is Phase.STARTING and it.active == [0, 2]
-    assert it.events("shrunk")[-1]["lost"] == [node] and it.told(r.ResumeAt)[-1].generation == 7
+    answer(it)
+    assert it.events("shrunk")[-1]["lost"] == [node] and it.told(r.ResumeAt)[-1].memory.base.generation == 107
     before = it.core.epoch - 1
     it.feed(
         r.WorkerFailed(0, 0, 0, "setup", before, -1, Exit.USAGE, "", "", "the same, told when that start was over", "")
@@ -611,8 +719,8 @@ def test_a_node_that_comes_and_cannot_set_up_is_lost_and_the_job_begins_as_narro
     it.feed(r.WorkerExited(2, 0, 1, 20, 1, before))
     assert it.finish is None
     begin(it)
-    it.commit(8)
-    assert it.core.committed == 8
+    it.commit(108)
+    assert it.core.committed == 108
 
 
 def test_a_node_that_comes_is_not_lost_for_an_error_that_the_loss_of_another_explains() -> None:
@@ -641,7 +749,6 @@ def test_an_error_on_a_node_that_had_trained_ends_a_new_start() -> None:
     it = narrower()
     come(it)
     it.commit(7)
-    write(it)
     it.feed(r.WorkerExited(2, 0, 1, 20, 1, it.core.epoch))
     assert it.end[0] == Exit.FAILED
 
@@ -655,26 +762,7 @@ def sealing(keep: int = 2) -> tuple[SimulatedJob, str, int]:
     write(it)
     it.commit(200)
     name = it.told(r.DrainShards)[-1].name
-    for node in it.active:
-        ranks = placing.ranks_of(it.core.assignment, node).values()
-        it.feed(
-            r.ShardsDrained(node, name, [ShardFile(x, f"rank-{x:05d}.safetensors", 1, "0", "l") for x in ranks], "")
-        )
-    seal = next(each for each in reversed(it.sent) if isinstance(each.record, r.SealGeneration))
-    assert seal.node is not None
-    return it, name, seal.node
-
-
-@pytest.mark.parametrize("error", ["", "no space left"])
-def test_a_manifest_that_nobody_waits_for_any_more_counts_as_its_writer_says(error: str) -> None:
-    it, name, writer = sealing()
-    it.commit(201)
-    it.lose(next(node for node in it.active if node != writer))
-    it.arrive(201)
-    it.prepare()
-    it.feed(r.GenerationSealed(writer, name, error, []))
-    write(it, "no space left")
-    assert it.finish is None and it.events("shrunk")[-1]["iteration"] == (100 if error else 200)
+    return it, name, seal(it, name)
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -693,20 +781,27 @@ def test_a_manifest_that_is_being_written_is_waited_for_where_memory_has_nothing
 
 
 def test_what_is_durable_of_another_width_is_shown_and_said() -> None:
-    it = narrower()
-    assert it.core.durable == 5
+    it = job(durable=DURABLE)
     it.commit(100)
-    write(it, "no space left")
-    assert "generation 5 stays durable" in it.events("durable_failed")[-1]["message"]
-
-
-def test_a_preemption_of_a_narrower_job_that_has_not_begun_leaves_at_once_and_names_what_is_durable() -> None:
-    it = job()
+    write(it)
     it.lose(1)
-    drain(it)
+    it.arrive(100)
+    it.prepare()
+    answer(it)
+    begin(it)
+    assert it.core.durable == 100
+    it.commit(200)
+    write(it, "no space left")
+    assert "generation 100 stays durable" in it.events("durable_failed")[-1]["message"]
+
+
+def test_a_preemption_of_a_narrower_job_that_begins_with_what_is_durable_leaves_at_once_and_names_it() -> None:
+    it, _ = growing(DURABLE)
+    cannot_read(it, 0, 0)
+    assert it.told(r.ResumeAt)[-1].generation == 100
     it.take(it.core.preempted(it.now))
     code, message = it.end
-    assert code == Exit.PREEMPTED and "generation 5 is durable" in message
+    assert code == Exit.PREEMPTED and "generation 100 is durable" in message
 
 
 def test_hashes_of_ranks_that_the_job_has_no_more_are_forgotten() -> None:
@@ -735,15 +830,16 @@ def cannot_read(it: SimulatedJob, node: int, rank: int) -> None:
 
 
 def test_a_durable_generation_that_ranks_cannot_read_gives_way_to_the_one_before_it() -> None:
-    it = narrower()
-    it.commit(100)
-    write(it)
+    it = narrower(durable=DURABLE)
+    for generation in (100, 200):
+        it.commit(generation)
+        write(it)
     come(it)
-    it.commit(101)
-    write(it)
-    assert it.told(r.ResumeAt)[-1].generation == 101
+    it.commit(201)
+    answer(it, without=[0])
+    assert it.told(r.ResumeAt)[-1].generation == 200
     cannot_read(it, 0, 0)
-    it.feed(r.FetchFailed(it.core.epoch - 1, 2, 1, -1, 101, "which the news of the new start has not reached"))
+    it.feed(r.FetchFailed(it.core.epoch - 1, 2, 1, -1, 200, "which the news of the new start has not reached"))
     assert it.core.phase is Phase.STARTING and it.told(r.ResumeAt)[-1].generation == 100
     assert len(it.core.assignment) == 3 and it.told(r.Roster)[-1].epoch == it.core.epoch
     cannot_read(it, 0, 0)
@@ -757,26 +853,27 @@ def test_a_node_that_comes_and_cannot_read_is_lost_once_all_others_can() -> None
     assert it.finish is None and node in it.active
     it.register(1)
     assert it.events("shrunk")[-1]["lost"] == [node] and it.active == [0, 2]
-    assert it.told(r.ResumeAt)[-1].generation == 7
+    answer(it)
+    assert it.told(r.ResumeAt)[-1].generation == 107 and not it.events("base_lost")
     begin(it)
 
 
 def test_a_node_that_comes_is_not_lost_where_what_it_cannot_read_is_damaged() -> None:
-    it, node = growing()
+    it, node = growing(DURABLE)
     cannot_read(it, node, 2)
     it.register(0)
     cannot_read(it, 2, 1)
-    assert node in it.active and it.told(r.ResumeAt)[-1].generation == 5
+    assert node in it.active and it.told(r.ResumeAt)[-1].generation == 100
     begin(it)
 
 
 def test_what_no_node_can_read_is_damaged_also_where_all_of_them_have_just_come() -> None:
-    it, _ = growing()
-    assert it.told(r.ResumeAt)[-1].generation == 7
+    it, _ = growing(DURABLE)
+    assert it.told(r.ResumeAt)[-1].generation == 107
     for rank, slot in enumerate(it.core.assignment):
         it.core.members.nodes[slot.node].trained = False  # as when one node is left, and that has just come
         cannot_read(it, slot.node, rank)
-    assert it.finish is None and not it.events("shrunk")[1:] and it.told(r.ResumeAt)[-1].generation == 5
+    assert it.finish is None and not it.events("shrunk")[1:] and it.told(r.ResumeAt)[-1].generation == 100
     begin(it)
 
 
@@ -788,3 +885,230 @@ def test_where_another_launcher_starts_workers_the_user_is_told_what_to_move_awa
     assert it.told(r.ResumeAt)[-1] == r.ResumeAt(101, "newest")
     cannot_read(it, 0, 0)
     assert it.end[0] == Exit.USAGE and "move that directory away to start from generation 100" in it.end[1]
+
+
+# ---- what nodes hold
+
+
+def shrinking(nodes: int = 4, **more: Any) -> SimulatedJob:
+    """Begins anew without node 1, and nobody has said what it holds."""
+    it = job(nodes, **more)
+    it.lose(1)
+    it.arrive()
+    it.prepare()
+    assert it.core.phase is Phase.STARTING and base(it) == r.Base(1, -1, 5)
+    return it
+
+
+def says(it: SimulatedJob, node: int, ranks: Sequence[int], constants: Sequence[int] = (), epoch: int = 2) -> None:
+    it.feed(r.SetAside(epoch, node, list(ranks), list(constants)))
+
+
+def test_where_shards_are_is_told_once_all_nodes_have_answered_in_whatever_order() -> None:
+    it = shrinking()
+    says(it, 3, [3, 0], [3])
+    says(it, 0, [0, 1])
+    says(it, 3, [3, 0], [3])  # over another connection
+    assert not it.told(r.ResumeAt)[1:]
+    says(it, 2, [2, 1], [2])
+    (_, resume) = it.told(r.ResumeAt)
+    assert resume.memory.holders == [[0, 3], [0, 2], [2], [3]] and resume.memory.constants == [[], [], [2], [3]]
+    says(it, 2, [2, 1], [2])
+    assert len(it.told(r.ResumeAt)) == 2 and it.finish is None
+
+
+def test_spares_answer_too_and_may_be_the_only_ones_that_hold_something() -> None:
+    it = job(nodes=4, replica=2)
+    it.lose(1)
+    it.arrive()
+    it.prepare()
+    (spare,) = it.core.members.spares()
+    for node in it.active:
+        says(it, node, [0, 1, 2])
+    assert len(it.told(r.ResumeAt)) == 1
+    says(it, spare, [3])
+    assert it.told(r.ResumeAt)[-1].memory.holders[3] == [spare]
+    it.lose(spare)  # ranks that cannot read what it had say so
+    assert it.finish is None and it.core.epoch == 2
+
+
+def test_what_is_said_of_a_start_that_is_over_does_not_count() -> None:
+    it = shrinking()
+    for node in (0, 2, 3):
+        says(it, node, [0, 1, 2, 3], epoch=1)
+    says(it, 1, [0, 1, 2, 3])  # which is lost
+    assert len(it.told(r.ResumeAt)) == 1
+    says(it, 0, [0, 1, 2, 3])
+    it.lose(3)
+    assert it.core.epoch == 3 and base(it) == r.Base(1, -1, 5)
+    for epoch in (2, 3):
+        says(it, 2, [0, 1, 2, 3], epoch=epoch)
+        assert len(it.told(r.ResumeAt)) == 1
+    says(it, 0, [], epoch=3)
+    assert it.told(r.ResumeAt)[-1].memory.holders == [[2]] * 4
+    begin(it)
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_node_with_ranks_that_is_lost_in_the_start_has_it_begin_anew_from_the_same_generation(answered: bool) -> None:
+    it = shrinking()
+    answer(it, nodes=[0, 2, 3] if answered else [0])
+    it.lose(3)
+    assert it.active == [0, 2] and it.core.epoch == 3 and base(it) == r.Base(1, -1, 5)
+    assert len(it.told(r.ResumeAt)) == 1 + answered
+    answer(it)
+    assert it.told(r.ResumeAt)[-1].memory == r.InMemory(r.Base(1, -1, 5), coordinates(4), [[0, 2]] * 4, [[]] * 4)
+    begin(it)
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_spare_that_is_lost_before_all_have_answered_is_not_waited_for_and_has_nothing(answered: bool) -> None:
+    for needed in (False, True):
+        it = job(nodes=4, replica=2)
+        it.lose(1)
+        it.arrive()
+        it.prepare()
+        (spare,) = it.core.members.spares()
+        says(it, it.active[0], [0, 1])
+        if answered:
+            says(it, spare, [3])
+        else:
+            says(it, it.active[1], [2] if needed else [2, 3])
+        it.lose(spare)
+        if answered:
+            assert len(it.told(r.ResumeAt)) == 1
+            says(it, it.active[1], [2] if needed else [2, 3])
+        if needed:
+            assert it.end[0] == Exit.GENERATION_LOST and "the shard of rank 3 of generation 5" in it.end[1]
+        else:
+            assert it.told(r.ResumeAt)[-1].memory.holders == [[0], [0], [2], [2]] and it.core.epoch == 2
+
+
+@pytest.mark.parametrize("how", ["at once", "awaited"])
+def test_a_node_that_connects_again_is_told_again_what_to_set_aside_and_answers_again(how: str) -> None:
+    it = shrinking()
+    answer(it, nodes=[0, 2])
+    told = len(it.told(r.Roster, 3))
+    if how == "awaited":
+        it.take(it.core.node_away(3, it.now))
+    rejoin(it, [3], epoch=2)
+    (again,) = it.told(r.Roster, 3)[told:]
+    assert again.base == r.Base(1, -1, 5) and len(it.told(r.ResumeAt)) == 1
+    says(it, 3, [2, 3])
+    assert it.told(r.ResumeAt)[-1].memory.holders == [[0], [0, 2], [2, 3], [0, 3]]
+    rejoin(it, [0], epoch=2)
+    assert it.told(r.ResumeAt, 0)[-1] == it.told(r.ResumeAt)[-2] and it.core.epoch == 2
+    begin(it)
+
+
+def test_nobody_decides_over_a_generation_while_a_node_that_may_hold_it_is_away() -> None:
+    it = shrinking()
+    it.take(it.core.node_away(3, it.now))
+    answer(it, nodes=[0, 2], without=[3])
+    assert it.finish is None and not it.events("base_lost")
+    it.wait(60.0)
+    assert it.core.nodes[3].role == "lost" and it.core.epoch == 3 and it.active == [0, 2]
+    answer(it, without=[3])
+    assert it.end[0] == Exit.GENERATION_LOST
+
+
+def test_a_generation_that_nobody_can_read_any_more_in_memory_ends_the_job_where_nothing_is_durable() -> None:
+    it = shrinking()
+    answer(it)
+    cannot_read(it, 0, 0)
+    code, message = it.end
+    assert code == Exit.GENERATION_LOST and "cannot be read: it is damaged" in message
+    assert it.events("base_lost")[0]["iteration"] == 5
+
+
+def test_a_generation_that_nobody_can_read_any_more_in_memory_gives_way_to_what_is_durable() -> None:
+    it, _ = growing(DURABLE)
+    epoch = it.core.epoch
+    cannot_read(it, 0, 0)
+    assert it.core.epoch == epoch + 1 and base(it) is None and len(it.core.assignment) == 3
+    assert it.told(r.ResumeAt)[-1] == r.ResumeAt(100, it.told(r.DrainShards)[0].name)
+    says(it, 0, [0], epoch=epoch)
+    answered = restarted(it, it.core.dump())  # it counts no more
+    rejoin(answered, it.active, epoch=epoch + 1)
+    assert base(answered) is None and answered.told(r.ResumeAt) == [it.told(r.ResumeAt)[-1]]
+    begin(it)
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_what_a_job_begins_with_is_of_one_epoch_where_the_run_is_not_repeatable(repeatable: bool) -> None:
+    it = job(nodes=4)
+    it.core._layout.repeatable = repeatable
+    it.take(it.core.inject(r.Fault("abort", 0), it.now)[1])
+    it.recover()
+    it.lose(1)
+    it.arrive()
+    it.prepare()
+    assert base(it) == r.Base(2, -1 if repeatable else 0, 5)
+    answer(it)
+    assert it.told(r.ResumeAt)[-1].memory.base == base(it)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_loss_before_the_first_commit_has_the_job_begin_anew_from_the_same_generation(trained: bool) -> None:
+    it = shrinking()
+    answer(it)
+    begin(it)
+    if trained:
+        it.iterate(5)
+    it.lose(3)
+    if trained:
+        assert it.told(r.Declare)[-1].purpose == "drain"
+        for node in (0, 2):
+            it.feed(r.Offer(it.core.epoch, node, {node: 6}, {}, {}, arrived=True))
+    assert it.core.phase is Phase.STARTING and it.active == [0, 2] and base(it) == r.Base(1, -1, 5)
+    answer(it)
+    assert it.told(r.ResumeAt)[-1].memory.coordinates == coordinates(4)
+    begin(it)
+    it.commit(6)
+    assert it.core.committed == 6
+
+
+def test_a_coordinator_that_takes_over_before_the_first_commit_begins_anew_from_the_same_generation() -> None:
+    it = shrinking()
+    answer(it)
+    begin(it)
+    it.iterate(5)
+    again = restarted(it, it.core.dump())
+    rejoin(again, [0, 2, 3], epoch=2, iteration=5)
+    assert again.core.phase is Phase.RUNNING
+    again.lose(3)
+    for node in (0, 2):
+        again.feed(r.Offer(again.core.epoch, node, {node: None}, {}, {}, arrived=True))
+    assert again.core.phase is Phase.STARTING and again.active == [0, 2] and base(again) == r.Base(1, -1, 5)
+    answer(again)
+    assert again.told(r.ResumeAt)[-1].memory.coordinates == coordinates(4)
+
+
+def test_with_the_first_commit_of_the_new_width_what_it_began_with_counts_no_more() -> None:
+    it = shrinking(nodes=5)
+    answer(it)
+    begin(it)
+    it.commit(6, nodes=[0, 2, 3])
+    assert it.core.dump()["layout"]["base"] is not None
+    actions = it.core.received(r.Committed(2, 4, 6), it.now)
+    kept = [each for each in actions if isinstance(each, Keep) and "layout" in each.parts]
+    assert kept[-1].parts["layout"]["base"] is None
+    for each in (it, restarted(it, it.core.dump())):
+        if each is not it:
+            rejoin(each, [0, 2, 3, 4], epoch=2, kept=(2, 6))
+        each.lose(3)
+        each.lose(4)
+        for node in (0, 2):
+            each.feed(r.Offer(each.core.epoch, node, {node: None}, {}, {}, arrived=True))
+        assert each.end[0] == Exit.NO_SPARE and "no generation is complete in memory" in each.end[1]
+
+
+def test_a_job_does_not_grow_before_something_of_its_width_is_committed() -> None:
+    it = shrinking()
+    answer(it)
+    begin(it)
+    come(it)
+    it.iterate(5)
+    assert not it.events("grown")
+    it.commit(6)
+    assert base(it) == r.Base(2, 2, 6)
