@@ -651,6 +651,46 @@ def test_a_coordinator_that_takes_over_in_the_start_of_a_wider_job_knows_its_wid
     assert again.told(r.ResumeAt) == [r.ResumeAt(100, it.told(r.DrainShards)[0].name)]
 
 
+def test_what_is_drained_at_leisure_gives_way_to_a_newer_generation_that_brings_a_replica_back() -> None:
+    it = narrower(durable=DURABLE)
+    it.wait(600.0)
+    it.commit(100)
+    slow = it.told(r.DrainShards)[-1]
+    assert slow.generation == 100 and slow.seconds > 0
+    it.commit(101)
+    assert it.told(r.DrainShards)[-1] is slow
+    come(it)
+    it.commit(102)
+    assert it.events("grown")[0]["iteration"] == 102 and it.told(r.DrainShards)[-1] is slow
+    assert it.told(r.GiveUpDrain) == [r.GiveUpDrain(slow.name, 0)]
+    answer(it)
+    begin(it)
+    it.commit(103)  # what was given up is caught up with
+    assert it.told(r.DrainShards)[-1].generation == 103
+    it.feed(r.ShardsDrained(0, slow.name, [], "it was given up"))
+    write(it)
+    assert it.core.durable == 103
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_generation_that_was_not_drained_when_the_width_changed_is_due_with_the_first_commit_after(
+    grows: bool,
+) -> None:
+    it = narrower(durable=DURABLE)
+    if grows:
+        come(it)
+        it.commit(100)
+    else:
+        it.lose(0)
+        it.arrive(100)  # which no node had told that it is committed
+        it.prepare()
+    answer(it)
+    assert it.told(r.ResumeAt)[-1].generation == 100
+    begin(it)
+    it.commit(101)
+    assert it.told(r.DrainShards)[-1].generation == 101
+
+
 def test_what_a_preempted_job_drains_is_not_given_up_for_a_replica_that_could_come_back() -> None:
     it = narrower(durable=DURABLE)
     it.commit(7)
@@ -763,6 +803,54 @@ def sealing(keep: int = 2) -> tuple[SimulatedJob, str, int]:
     it.commit(200)
     name = it.told(r.DrainShards)[-1].name
     return it, name, seal(it, name)
+
+
+@pytest.mark.parametrize("answers", ["first", "late", "never"])
+@pytest.mark.parametrize("error", ["", "no space left"])
+def test_a_manifest_that_nobody_waits_for_any_more_counts_as_its_writer_says(error: str, answers: str) -> None:
+    """The job begins anew from memory, and there is lost what it begins with."""
+    it, name, writer = sealing()
+    it.commit(201)
+    it.lose(next(node for node in it.active if node != writer))
+    it.arrive(201)
+    it.prepare()
+    said = r.GenerationSealed(writer, name, error, [])
+    if answers == "first":
+        it.feed(said)
+    answer(it, without=[0])
+    complete = 200 if answers != "first" or not error else 100
+    assert it.finish is None and it.told(r.ResumeAt)[-1].generation == complete
+    if answers == "late":
+        it.feed(said)
+        it.feed(said)
+    if answers != "first" and error:  # that it is not whole is found by those that read it
+        it.feed(r.FetchFailed(it.core.epoch, 0, 0, -1, 200, "/durable/x cannot be read: no manifest"))
+        assert it.finish is None and it.told(r.ResumeAt)[-1].generation == 100
+    begin(it)
+    if error and answers != "never":
+        assert it.core.durable == 100
+        it.lose(it.active[0])  # nothing is committed: again from there
+        assert it.told(r.ResumeAt)[-1].generation == 100
+
+
+@pytest.mark.parametrize("how", ["in memory", "told"])
+def test_a_manifest_of_another_width_is_nothing_that_a_recovery_goes_back_to(how: str) -> None:
+    it, name, writer = sealing()
+    it.commit(201)
+    it.lose(next(node for node in it.active if node != writer))
+    it.arrive(201)
+    it.prepare()
+    answer(it)
+    begin(it)
+    if how == "told":
+        it.feed(r.GenerationSealed(writer, name, "", []))
+    it.commit(202)
+    write(it, "no space left")
+    it.lose(it.active[0])
+    for node in sorted(it.core.recovery.givers if it.core.recovery is not None else ()):
+        it.feed(r.Offer(it.core.epoch, node, {}, {}, {}, arrived=True))
+    assert not it.events("durable_fallback") and it.core.phase is Phase.STARTING
+    assert it.told(r.ResumeAt)[-1] == r.ResumeAt(200, name)
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -625,7 +625,7 @@ class Core:
         kept = self._progress.kept
         if kept is None or kept == before or not self._trains_alone or not self._state.can_grow():
             return
-        self._durability.keep_in_memory(kept, self.coordinates, self.epoch)
+        yield from self._durability.keep_in_memory(kept, self.coordinates, self.epoch, self.assignment)
         spares = r.few_nodes(self.members.ready_spares())
         yield Resize(f"there is room for more of the {self._state.widest} replicas again (spare {spares})")
 

@@ -184,17 +184,33 @@ class Durability:
         """All there is to go back to is of another number of replicas: a new start alone goes on from there."""
         return self.memory is not None or (bool(self._recut) and not (self._unsure or self._complete))
 
-    def keep_in_memory(self, version: Version, coordinates: Mapping[int, r.CoordinateInfo], epoch: int) -> None:
-        """The next start begins with this, of these coordinates, which the nodes hold. ``version``: as of `Base`."""
+    def keep_in_memory(
+        self,
+        version: Version,
+        coordinates: Mapping[int, r.CoordinateInfo],
+        epoch: int,
+        assignment: Sequence[r.SlotAddress],
+    ) -> Effects:
+        """The next start begins with this, of these coordinates, which the nodes hold. ``version``: as of `Base`.
+
+        A drain under way is over, and tried again at the first commit.
+        """
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            self._retry = True
+            yield from self._doubt(attempt)
+            if attempt.sealing is None:
+                yield Send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
         base = r.Base(epoch, *version)
         self.memory = _Memory(base, [coordinates[rank] for rank in sorted(coordinates)])
 
     def begin_anew(self, resized: bool) -> None:
         """The start begins anew from `base`; ``resized``: with another number of ranks."""
         if resized:
-            self._recut, self._complete = [*self._complete, *self._recut], []
+            self._recut, self._complete, self._unsure = [*self._unsure, *self._complete, *self._recut], [], []
         self._attempt, self._kept, self._first, self._resumes_at = None, None, None, None
-        self._retry = self.last_is_over = False
+        self._retry = self._retry and self.memory is not None
+        self.last_is_over = False
 
     def bad(self, name: str, why: str) -> Effects:
         """A durable generation, or (without a name) that in memory, could not be read: it does not count any more."""
@@ -253,7 +269,6 @@ class Durability:
                     known[rank].append(node)
         generation, lacking = memory.base.generation, [rank for rank, held in enumerate(holders) if not held]
         if not lacking:
-            self._last = generation
             self._resumes_at = r.ResumeAt(
                 generation, memory=r.InMemory(memory.base, memory.coordinates, holders, constants)
             )
@@ -551,15 +566,20 @@ class Durability:
     def _sure(self, record: r.GenerationSealed) -> Effects:
         """Who was to write a manifest that nobody waited for any more has answered."""
         assert self._spec is not None
-        found = next((each for each in self._unsure if each[1] == record.name), None)
-        if found is None or record.unsure:
+        there = next((known for known in (self._unsure, self._recut) if record.name in dict(known).values()), None)
+        begins = self._resumes_at is not None and self._resumes_at.recut == record.name  # and so ranks find out
+        if there is None or record.unsure or (record.error and begins):
             return
-        newer = self._unsure[: self._unsure.index(found)]
+        found = next(each for each in there if each[1] == record.name)
+        place = there.index(found)
         if record.error:
-            self._unsure.remove(found)
+            there.remove(found)
+        elif there is self._recut:
+            del there[place + self._spec.keep :]
         else:
-            self._unsure = newer
+            self._unsure = there[:place]
             self._is_durable(found)
+        if not record.error:
             yield emit("durable", iteration=found[0], name=found[1])
         yield Persist()
 

@@ -464,7 +464,8 @@ class Recoveries:
         state = self._state
         if state.can_shrink() and not state.durability.leaves:
             version = Version(self._written, recovery.generation)
-            state.durability.keep_in_memory(version, state.layout.coordinates, state.members.epoch)
+            members, coordinates = state.members, state.layout.coordinates
+            yield from state.durability.keep_in_memory(version, coordinates, members.epoch, members.assignment)
             yield Resize(self._end)
         elif state.durability.can_drain:
             recovery.deadline = None  # a drain has its own
