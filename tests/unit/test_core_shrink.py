@@ -892,6 +892,34 @@ def test_a_preemption_of_a_narrower_job_that_begins_with_what_is_durable_leaves_
     assert code == Exit.PREEMPTED and "generation 100 is durable" in message
 
 
+def test_a_preemption_of_a_job_that_begins_with_what_is_in_memory_leaves_when_its_first_commit_is_durable() -> None:
+    it, _ = growing(DURABLE)
+    it.take(it.core.preempted(it.now))
+    assert it.finish is None
+    begin(it)
+    it.commit(108)
+    assert it.told(r.DrainShards)[-1].generation == 108
+    write(it)
+    assert it.end[0] == Exit.PREEMPTED and "generation 108 is durable" in it.end[1]
+
+
+@pytest.mark.parametrize("durable", [100, None])
+def test_a_preemption_of_a_job_that_does_not_come_to_its_first_commit_in_time_says_what_is_durable(
+    durable: int | None,
+) -> None:
+    if durable:
+        it, _ = growing(DURABLE)
+    else:
+        it = shrinking(durable=DURABLE)
+        answer(it)
+    it.take(it.core.preempted(it.now))
+    cannot_read(it, 0, 0)
+    assert it.finish is None and all(not each.gone for node, each in it.core.nodes.items() if node != 1)
+    it.wait(61.0)
+    code, message = it.end
+    assert code == Exit.PREEMPTED and ("generation 100" if durable else "there is none") in message
+
+
 def test_hashes_of_ranks_that_the_job_has_no_more_are_forgotten() -> None:
     it = job()
     for rank in range(3):

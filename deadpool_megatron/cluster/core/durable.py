@@ -659,8 +659,8 @@ class Durability:
             self._attempt = attempt = None
         if attempt is None and self._kept is not None:
             yield from self._drained_last(-math.inf, assignment, now)
-        elif self.only_recut and self._kept is None:
-            self._leaves()
+        elif self.memory is None and self.only_recut and self._kept is None:
+            self._leaves()  # else what is in memory is newer, and drained with the first commit
 
     def _drained_last(self, begun: float, assignment: Sequence[r.SlotAddress], now: float) -> Effects:
         """Leave, or drain what is newer than a drain that had ``begun`` before the order to leave came."""

@@ -143,7 +143,7 @@ class Start:
                 way_out = f"move that directory away to start from generation {older[0]}, or "
             way_out += "start with Megatron's last checkpoint (--load) and another --deadpool-durable-dir, or none"
             yield Stop(Exit.USAGE, f"{damaged}; {way_out}")
-        elif self._unread and self._not_registered() <= self._unread.keys():
+        elif not damaged and self._unread and self._not_registered() <= self._unread.keys():
             node, why = next(iter(self._unread.items()))
             yield Lose({node}, why)
 
