@@ -702,6 +702,30 @@ def test_what_a_preempted_job_drains_is_not_given_up_for_a_replica_that_could_co
     assert it.told(r.DrainShards)[-1] is last and not it.told(r.GiveUpDrain) and not it.events("grown")
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_job_that_megatron_is_told_to_end_does_not_grow_any_more(restarts: bool) -> None:
+    it = narrower()
+    come(it)
+    it.take(it.core.preempted(it.now))
+    assert it.told(r.ExitNotice)
+    if restarts:
+        it = restarted(it, it.core.dump())
+        rejoin(it, [0, 2, 3], epoch=2, kept=(2, 6))
+        it.park([3])
+    it.commit(7)
+    assert it.core.committed == 7 and not it.events("grown")
+
+
+def test_processes_that_begin_anew_are_told_as_well_that_the_job_is_to_end() -> None:
+    it = job()
+    it.take(it.core.preempted(it.now))
+    it.lose(1)  # the machines go one after the other
+    drain(it)
+    told = len(it.told(r.ExitNotice))
+    begin(it)
+    assert len(it.told(r.ExitNotice)) == told + 1 and len(it.events("exit_notice")) == 1
+
+
 def test_a_spare_that_had_coordinates_for_the_last_drain_only_is_counted_as_parked_when_it_says_so() -> None:
     """Of three pipelines two nodes are lost at once, and one spare is there."""
     it = job(nodes=7, spares=1, replica=2)

@@ -478,6 +478,7 @@ class Core:
             **self._ends.dump(),
             "start_epoch": self._start.epoch,
             "began": self._start.began,
+            "noticed": self._noticed,
             "done": self._progress.done,
             "end": self._state.end,
             "durable": self._durability.dump(),
@@ -502,6 +503,7 @@ class Core:
         self._drains.load(kept["drain"])
         self._ends.load(kept)
         self._start.epoch, self._start.began = kept["start_epoch"], kept["began"]
+        self._noticed = kept["noticed"]
         head = self._progress
         head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
         head.reached = head.iteration
@@ -601,6 +603,8 @@ class Core:
         if (yield from self._start.registered(record)) and self._state.phase is Phase.STARTING:
             self._state.phase = Phase.RUNNING
             yield from self._start.train(record.unique_bytes)
+            if self._noticed and self._start.epoch:
+                yield Send(None, r.ExitNotice())  # which these processes have not heard
             yield from self._look_for_end()
 
     def _damaged(self, record: r.DamagedCopy) -> Effects:
@@ -675,9 +679,9 @@ class Core:
 
     @property
     def _trains_alone(self) -> bool:
-        """All train: no node is about to be replaced, nobody is awaited, and nobody is through with training."""
+        """All train: no node is about to be replaced, nobody is awaited, and nobody is through with it, or soon."""
         waits = self._returning.waits or self._soon is not None or self._drains.node is not None
-        return self.phase is Phase.RUNNING and not waits and not self._finished
+        return self.phase is Phase.RUNNING and not waits and not self._finished and not self._noticed
 
     def _durable_taken(self, why: str) -> Effects:
         yield from self._durability.taken(why)
@@ -687,6 +691,7 @@ class Core:
         if not self.job.on_preempt:
             if not self._noticed:
                 self._noticed = True
+                yield Persist(("now",))
                 yield emit("exit_notice")
                 yield Send(None, r.ExitNotice())
             return
