@@ -1141,6 +1141,18 @@ def test_a_node_that_connects_again_is_told_again_what_to_set_aside_and_answers_
     begin(it)
 
 
+def test_an_answer_that_was_lost_with_a_connection_is_asked_for_again_where_workers_have_begun_anew_since() -> None:
+    it = shrinking()
+    answer(it, nodes=[0, 2])
+    told = len(it.told(r.Roster, 3))
+    it.feed(r.Join(3, 1003, "127.0.0.1", 2003, [33], epoch=2))
+    assert [each.base for each in it.told(r.Roster, 3)[told:]] == [r.Base(1, -1, 5)]
+    answer(it, nodes=[3])
+    it.feed(r.Join(3, 1003, "127.0.0.1", 2003, [34], epoch=2))
+    assert len(it.told(r.Roster, 3)) == told + 1 and it.told(r.ResumeAt, 3)[-1].generation == 5
+    begin(it)
+
+
 def test_nobody_decides_over_a_generation_while_a_node_that_may_hold_it_is_away() -> None:
     it = shrinking()
     it.take(it.core.node_away(3, it.now))

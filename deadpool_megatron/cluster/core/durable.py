@@ -247,6 +247,10 @@ class Durability:
             self.memory.held[record.node] = record
         return (yield from self._answered({record.node}))
 
+    def waits_for(self, node: int | None) -> bool:
+        """It has not said what it holds of `memory`."""
+        return self.memory is not None and node in (self.memory.waiting or ())
+
     def gone(self, nodes: Iterable[int]) -> Answer[str]:
         """These are out of the job. Returns as `set_aside`."""
         if self.memory is not None:

@@ -70,7 +70,7 @@ class Start:
         members = self._state.members
         if self._all_are_there:
             self._told = self._told or node is None
-            if roster:
+            if roster or self._state.durability.waits_for(node):
                 yield Send(node, self._roster(asks=node is None))
             yield from self._state.durability.start_again(members.active(), members.epoch, node)
 
