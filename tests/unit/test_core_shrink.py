@@ -519,6 +519,27 @@ def test_who_asks_again_where_a_start_begins_hears_of_the_generation_that_all_be
     begin(it)
 
 
+def test_a_loss_before_the_first_commit_of_a_job_as_wide_as_before_does_not_go_back_to_what_is_durable() -> None:
+    it = narrower(nodes=4, durable=DURABLE)
+    it.commit(100)
+    write(it)
+    it.commit(106)
+    it.lose(0)
+    it.arrive(106)
+    come(it)
+    it.prepare()
+    answer(it)
+    assert it.events("shrunk")[-1]["was"] == it.events("shrunk")[-1]["width"] == 3
+    begin(it)
+    it.iterate(106)
+    come(it)
+    it.lose(2)
+    for node in sorted(it.core.recovery.givers if it.core.recovery is not None else ()):
+        it.feed(r.Offer(it.core.epoch, node, {}, {}, {}, arrived=True))
+    assert not it.events("durable_fallback") and it.core.phase is Phase.STARTING
+    assert base(it) == r.Base(3, -1, 106)
+
+
 def test_nodes_that_fill_no_replica_are_spares_until_there_are_enough() -> None:
     it = narrower(nodes=4, replica=2)
     assert it.active == [0, 2] and it.core.members.spares() == [3]

@@ -158,8 +158,8 @@ class Durability:
         )
 
     def fallback(self) -> tuple[int, str] | None:
-        """The durable generation to go on from when memory cannot answer."""
-        return next(iter([*self._unsure, *self._complete]), None)
+        """The durable generation to go on from when memory cannot answer; none while a start from memory is newer."""
+        return None if self.memory is not None else next(iter([*self._unsure, *self._complete]), None)
 
     @property
     def leaves(self) -> bool:
