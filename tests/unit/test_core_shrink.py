@@ -540,6 +540,30 @@ def test_a_loss_before_the_first_commit_of_a_job_as_wide_as_before_does_not_go_b
     assert base(it) == r.Base(3, -1, 106)
 
 
+def test_what_is_read_of_a_durable_generation_is_forgotten_where_the_width_changes_meanwhile() -> None:
+    it = replaced(durable=DURABLE)
+    begin(it)
+    it.commit(100)
+    write(it)
+    it.commit(101)
+    it.lose(it.active[0])
+    it.arrive(101)
+    come(it)
+    it.prepare()
+    answer(it, without=[0])
+    assert it.told(r.LoadShards)[-1].generation == 100
+    it.wait(1.0)
+    it.lose(it.active[0])
+    assert it.core.phase is Phase.STARTING and len(it.active) == 1
+    told = it.told(r.ResumeAt)[-1]
+    assert (told.generation, told.recut) == (100, it.told(r.DrainShards)[-1].name)
+    it.feed(r.Join(it.active[0], 1, "127.0.0.1", 1, [99], epoch=it.core.epoch))
+    assert it.told(r.ResumeAt, it.active[0]) == [told]
+    it.wait(10_000.0)
+    assert it.finish is None
+    begin(it)
+
+
 def test_nodes_that_fill_no_replica_are_spares_until_there_are_enough() -> None:
     it = narrower(nodes=4, replica=2)
     assert it.active == [0, 2] and it.core.members.spares() == [3]
