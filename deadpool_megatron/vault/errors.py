@@ -64,7 +64,7 @@ class Unreadable(VaultError):
     def __init__(self, message: str, reasons: Mapping[tuple[str, int], VaultError]) -> None:
         super().__init__(message)
         self.reasons = dict(reasons)
-        self.broken = any(each.broken for each in reasons.values())
+        self.broken = any(each.broken or isinstance(each, ChecksumMismatch) for each in reasons.values())
 
 
 class Refused(VaultError):

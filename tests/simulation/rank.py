@@ -631,7 +631,7 @@ class Rank:
                     yield from self._refuse(agreed, str(err))
                 yield 0.5, None
             except VaultError as err:
-                if not err.broken or self.world.now > until:
+                if not (err.broken or isinstance(err, ChecksumMismatch)) or self.world.now > until:
                     yield from self._refuse(agreed, str(err))
                 yield 0.5, None
         assert all(generation == agreed.generation for generation, _ in states), "wrong shards"
@@ -663,7 +663,7 @@ class Rank:
                     if self.host.cluster.network.garbles():
                         raise ChecksumMismatch("what was read has arrived changed")
                 except VaultError as err:
-                    why = why if why.broken else err
+                    why = err if isinstance(why, NotHeld) else why
                 else:
                     smalls.append(bytes(slot.small[: slot.small_bytes]))
                     break
