@@ -454,7 +454,8 @@ class Oracle:
     @property
     def _peace(self) -> bool:
         faults, hq = self._cluster.faults, self._cluster.hq
-        over = not faults.pending and self._cluster.world.now > faults.ended_at + _PEACE_S
+        # (a coordinator that is to crash does so when it next writes or tells something, perhaps seconds later)
+        over = not faults.pending and self._cluster.world.now > max(faults.ended_at, hq.died_at) + _PEACE_S
         return over and hq.core.recovery is None
 
     def _not_drained(self, message: str) -> None:
