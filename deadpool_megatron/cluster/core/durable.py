@@ -209,7 +209,7 @@ class Durability:
         if resized:
             self._recut, self._complete, self._unsure = [*self._unsure, *self._complete, *self._recut], [], []
         self._attempt, self._kept, self._first, self._resumes_at = None, None, None, None
-        self._loading = None
+        self._loading = None  # nobody answers for the start that is over
         self._retry = self._retry and self.memory is not None
         self.last_is_over = False
 
