@@ -721,6 +721,7 @@ class Oracle:
         cluster, core = self._cluster, self._cluster.hq.core
         room = 0
         peace = cluster.widths and core.phase is Phase.RUNNING and self._peace and self._done_at is None
+        peace = peace and not core.awaits_agents  # of whom some may be lost
         if peace and self.directory.in_peace(_ROOM_PEACE_S) and not self.drains:
             spares = [n for n in self._healthy() if core.members.parked(n) and n not in self._active]
             spares = [n for n in spares if core.nodes[n].role == "spare" and n not in self._unfit]
