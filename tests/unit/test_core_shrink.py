@@ -1049,6 +1049,21 @@ def test_a_durable_generation_that_ranks_cannot_read_gives_way_to_the_one_before
     assert it.end[0] == Exit.USAGE and "no other durable generation is there" in it.end[1]
 
 
+def test_a_generation_of_this_width_that_cannot_be_read_gives_way_to_one_of_more_ranks() -> None:
+    it = narrower()
+    it.lose(0)
+    it.arrive(6)
+    it.prepare()
+    come(it)
+    write(it)
+    load = it.told(r.LoadShards)[-1]
+    assert load.generation == 6 and len(it.active) == 2
+    it.feed(r.ShardsLoaded(2, load.name, "its checksum does not fit", it.core.epoch))
+    assert it.finish is None and it.core.phase is Phase.STARTING and it.core.epoch > load.epoch
+    assert it.told(r.ResumeAt)[-1].generation == 5 and it.told(r.ResumeAt)[-1].recut
+    begin(it)
+
+
 def test_a_node_that_comes_and_cannot_read_is_lost_once_all_others_can() -> None:
     it, node = growing()
     cannot_read(it, node, 2)

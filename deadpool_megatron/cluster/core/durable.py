@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Answer, Effects, Emit, Lose, Persist, Send, emit
+from deadpool_megatron.cluster.core.effects import Answer, Effects, Emit, Lose, Persist, Send, StartOver, emit
 from deadpool_megatron.durable import ShardFile, directory_name
 from deadpool_megatron.vault import Version
 
@@ -353,6 +353,9 @@ class Durability:
         if record.error:
             generation = self._complete[0][0]
             yield from self.bad(name, record.error)
+            if self._recut and not self._complete:  # what is in vaults by now must not be taken for a part of that
+                yield StartOver(f"durable generation {generation} cannot be used")
+                return ""
             if not self._complete:
                 if self._spec.others:
                     return (
