@@ -200,24 +200,6 @@ def test_a_node_lost_before_the_first_commit_of_the_new_width_has_the_job_begin_
     assert it.told(r.ResumeAt)[-1].memory.base == r.Base(1, -1, 5) and len(it.told(r.ResumeAt)) == 3
 
 
-def test_a_node_lost_while_a_generation_is_read_has_fewer_ranks_begin_with_it_and_nobody_waits_for_readers() -> None:
-    it = job()
-    it.lose(1)
-    it.arrive()
-    it.prepare()
-    node = come(it)  # as many as before, so that the new start reads shards of its own
-    write(it)
-    assert it.told(r.LoadShards)[-1].epoch == it.core.epoch and it.active == [0, 2, node]
-    it.lose(node)
-    resume = it.told(r.ResumeAt)[-1]
-    assert it.active == [0, 2] and resume.recut
-    it.feed(r.Join(0, 1000, "127.0.0.1", 2000, [7], epoch=it.core.epoch))
-    assert it.told(r.ResumeAt, 0)[-1] == resume
-    it.wait(2 * DEADLINES.build)
-    assert not it.events("durable_loading") and it.active == [0, 2]
-    begin(it)
-
-
 def test_what_was_written_by_a_wider_job_is_nothing_to_go_on_from() -> None:
     it = job(nodes=4, replica=2)
     it.lose(3)
@@ -1050,17 +1032,14 @@ def test_a_durable_generation_that_ranks_cannot_read_gives_way_to_the_one_before
 
 
 def test_a_generation_of_this_width_that_cannot_be_read_gives_way_to_one_of_more_ranks() -> None:
-    it = narrower()
-    it.lose(0)
-    it.arrive(6)
-    it.prepare()
-    come(it)
-    write(it)
+    spec = replace(DURABLE, complete=((6, "of three"),), recut=((5, "of four"),))
+    it = SimulatedJob(3, 0, 1, durable=spec, replica=1, when_out_of_spares="shrink")
+    it.join()
     load = it.told(r.LoadShards)[-1]
-    assert load.generation == 6 and len(it.active) == 2
+    assert load.generation == 6
     it.feed(r.ShardsLoaded(2, load.name, "its checksum does not fit", it.core.epoch))
     assert it.finish is None and it.core.phase is Phase.STARTING and it.core.epoch > load.epoch
-    assert it.told(r.ResumeAt)[-1].generation == 5 and it.told(r.ResumeAt)[-1].recut
+    assert it.told(r.ResumeAt)[-1] == r.ResumeAt(5, "of four")
     begin(it)
 
 
