@@ -26,12 +26,12 @@ from .format import (
 from .lease import Lease, this_process
 from .loading import load_constants, load_shards
 from .orders import Answer, Cancel, Done, Drain, Seal, Stage, Staged, Take
-from .recut import DirectorySource, Source, read_recut, read_whole
+from .recut import DirectorySource, Source, fills, read_recut, read_whole
 from .start import Survey, begin, go_on
 from .store import Store, open_store
 
 __all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "DirectorySource", "Done", "Drain", "DrainerProcess"]
 __all__ += ["DurableError", "Item", "Layout", "Lease", "Manifest", "NoRoom", "NotFit", "Piece", "Seal", "ShardFile"]
 __all__ += ["Source", "Stage", "Staged", "Store", "Survey", "Take", "Unreachable", "Unreadable", "begin", "differing"]
-__all__ += ["directory_name", "find", "go_on", "load_constants", "load_shards", "not_fit", "open_store"]
+__all__ += ["directory_name", "fills", "find", "go_on", "load_constants", "load_shards", "not_fit", "open_store"]
 __all__ += ["read_manifest", "read_recut", "read_whole", "settings_note", "split_small", "this_process", "trailer_of"]

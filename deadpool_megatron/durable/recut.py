@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
@@ -23,6 +24,12 @@ from .store import Store
 
 type Take = Callable[[int, memoryview], None]
 type Put = Callable[[str, int, memoryview], None]
+
+
+def fills(replicas: int, experts: int, instances: int) -> bool:
+    """Whether so many replicas, times context parallelism, hold all experts (``experts``: expert parallelism) and are
+    whole instances of the distributed optimizer."""
+    return replicas % math.lcm(experts, instances) == 0
 
 
 class Copy(NamedTuple):

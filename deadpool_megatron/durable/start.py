@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from .errors import DurableError, NotFit, Unreadable
 from .files import find
 from .format import Manifest
 from .lease import Lease, Owner, take
+from .recut import fills
 from .store import LocalStore, Store, open_store
 
 _HANGS_S: Final = 20.0  # as long as an agent waits for a directory that cannot be read
@@ -206,11 +206,10 @@ def survey(store: Store, resume: str, world_size: int, newer_than: int, writes: 
 
 
 def can_recut(manifest: Manifest, world_size: int) -> bool:
-    """Whether so many ranks can be the same model with another number of replicas, all experts among them, and in whole
-    instances of the distributed optimizer."""
+    """Whether so many ranks can be the same model with another number of replicas."""
     replicas, contexts, places = (
         1 + max(getattr(c, kind) for c in manifest.coordinates) for kind in ("dp", "cp", "ep")
     )
     width, rest = divmod(world_size, manifest.world_size // replicas)
     instances = manifest.job.get("model", {}).get("num_distributed_optimizer_instances") or 1
-    return not rest and width * contexts % math.lcm(places, instances) == 0
+    return not rest and fills(width * contexts, places, instances)

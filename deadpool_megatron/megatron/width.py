@@ -8,7 +8,6 @@ first one, as Megatron's own checkpoints have it.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -26,6 +25,7 @@ from deadpool_megatron.durable import (
     NotFit,
     Source,
     differing,
+    fills,
     open_store,
     read_manifest,
     read_recut,
@@ -78,10 +78,10 @@ def widths_below(host: Host, layout: Layout, small: bytes, first: bool) -> list[
     if not why and any(numbers["own"] for numbers in decode(small)["numbers"]):
         why = "the optimizer keeps numbers of single parameters, which are not cut anew"
     replicas, contexts = parallel_state.get_data_parallel_world_size(), parallel_state.get_context_parallel_world_size()
-    names = ("expert_model_parallel_size", "num_distributed_optimizer_instances")  # each divides replicas
+    names = ("expert_model_parallel_size", "num_distributed_optimizer_instances")  # each divides replicas (`fills`)
     places, instances = (args.get(name) or 1 for name in names)
-    whole = math.lcm(places, instances)
-    widths = [width for width in range(1, replicas) if width * contexts % whole == 0 and host.deals(width)]
+    smaller = range(1, replicas)
+    widths = [width for width in smaller if fills(width * contexts, places, instances) and host.deals(width)]
     if not why and not widths and replicas > 1 and first:
         why = (
             f"expert_model_parallel_size {places} takes all replicas, so that each expert is in one only"

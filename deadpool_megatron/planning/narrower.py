@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.redundancy import Scheme
+from deadpool_megatron.durable import fills
 from deadpool_megatron.planning.budget import Budget, budget
 from deadpool_megatron.planning.files import PlanError, RunFile
+from deadpool_megatron.planning.model import Flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,10 @@ def narrower(run: RunFile, plan: Budget) -> list[Narrower]:
     if run.deadpool.when_out_of_spares != "shrink":
         return out
     replica = sizes.world // sizes.dp
+    instances = Flags(run.name, run.megatron).number("num-distributed-optimizer-instances", 1)
     for replicas in range(sizes.dp - 1, 0, -1):
         nodes = placing.nodes_for(replicas, replica, run.cluster.gpus_per_node)
-        whole = replicas * sizes.cp % sizes.ep == 0  # all experts are there
-        if nodes is not None and whole and not (out and out[-1].why_not):
+        if nodes is not None and fills(replicas * sizes.cp, sizes.ep, instances) and not (out and out[-1].why_not):
             out.append(_one(run, replicas, nodes))
     return out
 

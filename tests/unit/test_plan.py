@@ -476,6 +476,12 @@ def test_one_node_that_holds_a_whole_replica_goes_on_alone(tmp_path: Path) -> No
     ]
 
 
+def test_widths_that_instances_of_the_distributed_optimizer_do_not_divide_are_none(tmp_path: Path) -> None:
+    small = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 1, "num_layers": 4}
+    run = _changed(tmp_path, {"nodes": 4}, _SHRINKS, **small, num_distributed_optimizer_instances=2)
+    assert [each.replicas for each in narrower(run, budget(run))] == [2]
+
+
 def test_spares_are_worth_less_where_the_job_goes_on_without_them(tmp_path: Path) -> None:
     cluster = _changed(tmp_path).cluster
     stops, shrinks = spares(cluster, 30.0), spares(cluster, 30.0, replicas=8)
