@@ -36,9 +36,11 @@ class SimulatedJob:
         can_rescue: bool = True,
         durable: DurableSpec | None = None,
         replica: int = 1,
+        iterations: int = 0,
         **more: Any,
     ) -> None:
-        """``replica``: pipeline stages, each of one rank; ``more``: of `JobSpec`."""
+        """``replica``: pipeline stages, each of one rank; ``iterations``: that it trains, 0: not known; ``more``: of
+        `JobSpec`."""
         preempt = durable is not None and bool(durable.directory)
         self.core = Core(
             JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable, on_preempt=preempt, **more)
@@ -47,6 +49,7 @@ class SimulatedJob:
         self.can_rescue = can_rescue
         self.restarts = False
         self.replica = replica
+        self.iterations = iterations
         self.written = 0  # the epoch of what vaults hold
         self.sent: list[Send] = []
         self.emitted: list[Emit] = []
@@ -131,7 +134,7 @@ class SimulatedJob:
         epoch = self.core.epoch
         shrinks = self.core.job.when_out_of_spares == "shrink"
         widths = list(range(1, width)) if shrinks and rank == 0 else []
-        told = (1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch, True, self.restarts, widths)
+        told = (1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch, True, self.restarts, widths, self.iterations)
         self.feed(r.Registered(slot.node, slot.local, info, *told))
 
     def train(self, name: str = "") -> SimulatedJob:

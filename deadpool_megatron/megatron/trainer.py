@@ -188,6 +188,7 @@ class MegatronTrainer:
                 repeatable=self._repeatable(),
                 restarts=restarts,
                 widths=widths if self.rank == 0 else [],
+                iterations=(self._host.args.get("train_iters") or 0) if self.rank == 0 else 0,
             )
         )
 

@@ -649,6 +649,24 @@ def test_a_job_does_not_grow_that_a_node_is_through_with() -> None:
     assert not it.events("grown")
 
 
+@pytest.mark.parametrize("known", ["by this coordinator", "by one that takes over", "by one of before"])
+def test_a_job_does_not_grow_where_what_is_left_to_train_gets_shorter_by_an_iteration_at_most(known: str) -> None:
+    """Of three replicas two are left: three iterations take as long as two of all replicas."""
+    it = narrower(iterations=20)
+    come(it)
+    if known != "by this coordinator":
+        state = it.core.dump()
+        if known == "by one of before":
+            del state["layout"]["iterations"]
+        here = it.active
+        it = restarted(it, state)
+        for each in (*here, 3):
+            it.feed(r.Join(each, 1000 + each, "127.0.0.1", 2000 + each, [10 * each], epoch=it.core.epoch))
+        it.park([3])
+    it.commit(17)
+    assert bool(it.events("grown")) is (known == "by one of before")
+
+
 def test_a_job_that_has_all_its_replicas_does_not_grow() -> None:
     it = job(nodes=4, spares=1)
     it.commit(6)

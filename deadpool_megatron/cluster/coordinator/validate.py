@@ -17,7 +17,9 @@ MAX_SHARD_BYTES: Final = 1 << 46
 _MOST_LOCALS: Final = 4096  # a node's slots and those it has rescued
 _RANKS: Final = ("rank", "holder")
 _MOST_COUNT: Final = MAX_GENERATION * 64
-_COUNTS: Final = ("source", "generation", "iteration", "pid", "groups", "nbytes", "huge_bytes")  # -1: none
+_COUNTS: Final = (  # -1: none
+    *("source", "generation", "iteration", "iterations", "pid", "groups", "nbytes", "huge_bytes"),
+)
 
 
 @functools.cache

@@ -29,6 +29,8 @@ class Layout:
         """Ranks of one data-parallel replica, the same at every width; 0: not known yet."""
         self.widths: list[int] = []
         """Numbers of replicas below that of the start that the job can go on with."""
+        self.iterations = 0
+        """That the job trains in all; 0: not known."""
         self._registered: dict[int, r.Registered] = {}
         self._digests: Counter[str] = Counter()
         self._sizes: tuple[list[int], list[int]] = ([], [])
@@ -51,6 +53,7 @@ class Layout:
             self._digests[before.table_digest] -= 1
             self._digests = +self._digests
         self.widths = self.widths or list(record.widths)
+        self.iterations = record.iterations or self.iterations
         if not self.replica and self.complete:
             self.replica = self._world_size // (1 + max(each.dp for each in self.coordinates.values()))
 
@@ -125,6 +128,7 @@ class Layout:
             "restarts": self.restarts,
             "replica": self.replica,
             "widths": self.widths,
+            "iterations": self.iterations,
         }
 
     def load(self, kept: dict[str, Any] | None, can_rescue: bool, world_size: int) -> None:
@@ -137,4 +141,5 @@ class Layout:
         self.repeatable = kept["repeatable"] if kept else True
         self.restarts = kept["restarts"] if kept else False
         self.replica, self.widths = (kept["replica"], list(kept["widths"])) if kept else (0, [])
+        self.iterations = kept.get("iterations", 0) if kept else 0
         self.can_rescue = can_rescue

@@ -42,11 +42,17 @@ class JobState:
 
     def can_grow(self) -> bool:
         """The job has fewer replicas than at first, and more than it has now would fit on the nodes that train and the
-        spares that are parked, fit, and have not failed again and again."""
+        spares that are parked, fit, and have not failed again and again.
+
+        What is left to train gets shorter by more than an iteration then: a new start takes longer than that.
+        """
         layout, members = self.layout, self.members
         if self.job.when_out_of_spares != "shrink" or not 0 < layout.width < self.widest:
             return False
-        return not self.durability.leaves and self._fitting(self._at_hand()) > layout.width and members.can_begin_anew
+        more = (width := self._fitting(self._at_hand())) - layout.width
+        left = layout.iterations - self.progress.committed
+        pays = not layout.iterations or left * more > width
+        return more > 0 and pays and not self.durability.leaves and members.can_begin_anew
 
     def _at_hand(self) -> int:
         members = self.members

@@ -92,6 +92,8 @@ class Registered(OfNode, frozen=True):
     """It may wait for other nodes where nothing frees it but its end: a recovery needs another process."""
     widths: list[int] = msgspec.field(default_factory=list)
     """Told by rank 0: smaller numbers of data-parallel replicas that the job can go on with."""
+    iterations: int = 0
+    """Likewise: those that the job trains in all; 0: not known."""
 
 
 class WorkerExited(OfNode, frozen=True):
