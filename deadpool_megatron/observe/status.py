@@ -299,13 +299,20 @@ class JobView:
         words += [f"{count_text(len(cold), 'spare')} starting ({named(cold)})"] if cold else []
         ranks = {rank for spare in self.status["spares"] for rank in spare.get("rehearsed", ())}
         words += [f"{ranks_text(ranks)} rehearsed"] if ranks else []
-        begun = {rank for spare in self.status["spares"] for rank in spare.get("rehearses", ())} - ranks
+        to_be = {(spare["node"], rank) for spare in self.status["spares"] for rank in spare.get("rehearses", ())}
+        begun = {rank for _, rank in to_be - self._unrehearsed.keys()} - ranks
         words += [f"{ranks_text(begun)} to be rehearsed"] if begun else []
         none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
         standbys = sum(len(node.get("standbys", ())) for node in self.status["nodes"])
         beside = f"; a process stands by for {standbys} of {len(self.status['coordinates'])} workers" * bool(standbys)
         style = "" if words or not self.status["epoch"] else "yellow"
         return Text(f"spares: {', '.join(words) or none}{beside}", style)
+
+    @property
+    def _unrehearsed(self) -> dict[tuple[int, int], str]:
+        """By spare and rank, why it could not set that up."""
+        spares = self.status["spares"]
+        return {(s["node"], int(rank)): why for s in spares for rank, why in s.get("unrehearsed", {}).items()}
 
     def _in_short(self, last: Recovery, count: int) -> list[Text]:
         """The last recovery in two lines."""
@@ -344,6 +351,10 @@ class JobView:
         if failing := [n for n in self.nodes if n.number in unfit]:
             why = unfit[failing[0].number]
             out.append(Text(f"failed the last check, and taken last: {named(failing)}: {why}", "yellow"))
+        if failed := self._unrehearsed:
+            (node, rank), why = min(failed.items())
+            others = f", {count_text(len(failed) - 1, 'other')} likewise" * (len(failed) > 1)
+            out.append(Text(f"could not be rehearsed: rank {rank} by node {node}: {why}{others}", "yellow"))
         refused = self.status.get("refused") or {}
         if strange := int(refused.get("malformed", 0)) + sum((refused.get("vaults") or {}).values()):
             out.append(Text(f"{strange} packets or copies were refused: is anybody else on this network?", "yellow"))

@@ -159,6 +159,7 @@ def _agent(workers: dict[int, Any]) -> tuple[Agent, list[r.AgentRecord]]:
     settings.config.hang_floor, settings.config.lease = 0, 5.0
     crew, shards = MagicMock(workers=workers, beside=[]), MagicMock()
     crew.rehearsed.return_value = []
+    crew.unrehearsed = {}
     crew.mine.return_value, shards.server.port = {}, 1
     job = KnownJob(0, 2, 2, Scheme.parse("1"))
     agent = Agent(
@@ -176,6 +177,13 @@ def test_what_was_done_once_is_told_again_to_a_coordinator_that_may_have_started
     told.clear()
     agent.introduce()
     assert [each for each in told if isinstance(each, r.SideEffect)] == [r.SideEffect(0, 3, 0, 5, "log")]
+
+
+def test_what_a_spare_could_not_rehearse_is_told_again() -> None:
+    agent, told = _agent({})
+    agent._crew.unrehearsed = {3: "out of memory"}  # type: ignore[misc]
+    agent.introduce()
+    assert [each for each in told if isinstance(each, r.Rehearsed)] == [r.Rehearsed(0, [], "", {3: "out of memory"})]
 
 
 def test_that_a_node_is_redundant_again_is_told_again_in_its_epoch() -> None:

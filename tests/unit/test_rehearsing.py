@@ -152,9 +152,27 @@ def test_a_rehearsal_that_is_over_counts_no_more() -> None:
     assert job.active == [0, 3, 2]
 
 
+def test_why_a_rehearsal_has_failed_is_known_until_the_spare_is_asked_again_or_takes_over() -> None:
+    job = _staged()
+    why = "it ended with 1; see spare.log"
+    for drain in (True, False):
+        job.feed(r.Rehearsed(4, [], f"rank 0 is rehearsed no more: {why}", {0: why}))
+        assert job.core.nodes[4].unrehearsed == {0: why}
+        if drain:
+            job.iterate(0)
+            _drain(job, 3)
+        else:
+            job.lose(5)
+            job.lose(6)
+            job.lose(0)
+            assert job.active[0] == 4
+        assert not job.core.nodes[4].unrehearsed
+
+
 def test_a_rehearsal_of_a_rank_that_the_job_has_not_is_refused() -> None:
     assert misfit(r.Rehearsed(4, [0, 8]), 8, 0) == "Rehearsed of rank 8, and the job has ranks 0 to 7"
     assert not misfit(r.Rehearsed(4, [0, 7]), 8, 0)
+    assert misfit(r.Rehearsed(4, [0], "", {-1: ""}), 8, 0) == "Rehearsed of rank -1, and the job has ranks 0 to 7"
 
 
 # ---- a planned move
@@ -356,6 +374,9 @@ def test_a_rehearsal_that_has_ended_by_itself_is_not_begun_again(node: Callable[
     spare.leave(first)
     spare.crew.rehearse()
     assert spare.crew.beside == [second]
+    assert spare.crew.unrehearsed == {0: f"it ended with -9; see {first.log}"}
+    spare.crew.rehearse({0: [0, 1]})
+    assert not spare.crew.unrehearsed, "it was asked to"
 
 
 def test_a_slot_that_is_asked_for_another_coordinate_rehearses_that_once_there_is_room(

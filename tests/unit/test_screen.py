@@ -117,11 +117,13 @@ def test_who_is_drained_what_is_to_be_rehearsed_and_who_has_failed_its_check_is_
     status = status_of(256)
     status["drains"] = [{"node": n, "state": "waits for a spare that is starting"} for n in range(9)]
     first = status["spares"][0]
-    first |= {"unfit": "worker 0: a product of matrices is wrong", "rehearses": [0, 1], "rehearsed": [0]}
+    first |= {"unfit": "worker 0: a product of matrices is wrong", "rehearses": [0, 1, 2], "rehearsed": [0]}
+    first["unrehearsed"] = {"2": "it ended with 1; see spare.log"}
     lines = shown(tmp_path, (100, 40), status, events_of(256))
     assert "being drained: node 0: waits for a spare that is starting" in lines
     assert sum(line.startswith("being drained") for line in lines) == 3
     assert any("0 rehearsed, 1 to be rehearsed" in line for line in lines)
+    assert f"could not be rehearsed: rank 2 by node {first['node']}: it ended with 1; see spare.log" in lines
     assert any(line.startswith("failed the last check, and taken last: node") and "a product" in line for line in lines)
 
 

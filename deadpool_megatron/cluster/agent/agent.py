@@ -188,7 +188,7 @@ class Agent:
                 self.send(worker.failed)
             if worker.exited and worker.exit_code is not None:
                 self.send(self._exited(worker, worker.exit_code))
-        if self._crew.rehearsed():
+        if self._crew.rehearsed() or self._crew.unrehearsed:
             self._tell_rehearsed()
         if self._standbys:
             self._tell_standbys()
@@ -283,7 +283,7 @@ class Agent:
             self._tell_rehearsed()
 
     def _tell_rehearsed(self, why: str = "") -> None:
-        self.send(r.Rehearsed(self._s.node, self._crew.rehearsed(), why))
+        self.send(r.Rehearsed(self._s.node, self._crew.rehearsed(), why, self._crew.unrehearsed))
 
     def _tell_standbys(self, why: str = "") -> None:
         self._standbys = self._crew.standbys.pids()
@@ -314,8 +314,7 @@ class Agent:
 
     def _left(self, worker: Worker) -> None:
         """One that held no slot has ended: by itself, or to make room for who takes over."""
-        code = self._crew.left(worker)
-        failed = worker.failed.message if worker.failed is not None else f"it ended with {code}"
+        failed = self._crew.left(worker)
         if worker.standby and not worker.retired:
             self._tell_standbys(f"{self._crew.standbys.left(worker, failed)}; see {worker.log}")
         elif not worker.retired:
@@ -403,8 +402,9 @@ class Agent:
                     self._crew.renew(record.local)
             case r.Rehearse():
                 self._crew.rehearse(record.ranks)
-                if not self._crew.can_rehearse or self._crew.rehearsed():
-                    self._tell_rehearsed("" if self._crew.can_rehearse else f"node {self._s.node} cannot rehearse now")
+                can = self._crew.can_rehearse
+                if not can or self._crew.rehearsed() or self._crew.unrehearsed:
+                    self._tell_rehearsed("" if can else f"node {self._s.node} cannot rehearse now")
             case r.CheckSpare() if self._checkup is not None:
                 self._checkup.begin(record)
             case r.EndStuck():

@@ -33,7 +33,7 @@ class Crew:
         self._processes = processes
         self._rehearsals = rehearsals
         self._asked: dict[int, Sequence[int]] = {}  # by local index, what it rehearses in the place of those in turn
-        self._given_up: set[tuple[int, int]] = set()  # (local, rank) whose rehearsal has ended
+        self._given_up: dict[tuple[int, int], str] = {}  # by (local, rank), why its rehearsal has ended
         self.workers: dict[int, Worker] = {}
         self.beside: list[Worker] = []
         self.standbys = Standbys(job, processes, standby, self.beside)
@@ -123,7 +123,7 @@ class Crew:
             self._end(each for each in self.beside if each.local == local and each.rehearses not in (None, *wanted))
             if self._waits_for_room(local):
                 continue
-            there = {(each.local, each.rehearses) for each in self.beside if not each.retired} | self._given_up
+            there = {(each.local, each.rehearses) for each in self.beside if not each.retired} | self._given_up.keys()
             for rank in wanted:
                 if (local, rank) not in there:
                     self.beside.append(self._processes.start(local, None, rank))
@@ -133,14 +133,20 @@ class Crew:
         there = (each.rehearses for each in self.beside if each.parked and not each.retired and not each.standby)
         return sorted(rank for rank in there if rank is not None)
 
-    def left(self, worker: Worker) -> int:
-        """One of those beside has ended; its exit code. Who has not been ended is not started again."""
-        self.reap(worker)
+    @property
+    def unrehearsed(self) -> dict[int, str]:
+        """By coordinate, why its rehearsal has ended by itself."""
+        return {rank: why for (_, rank), why in sorted(self._given_up.items())}
+
+    def left(self, worker: Worker) -> str:
+        """One of those beside has ended; why, in words. Who has not been ended is not started again."""
+        code = self.reap(worker)
+        why = worker.failed.message if worker.failed is not None else f"it ended with {code}"
         if not worker.retired and worker.rehearses is not None and not worker.standby:
-            self._given_up.add((worker.local, worker.rehearses))
+            self._given_up[worker.local, worker.rehearses] = f"{why}; see {worker.log}"
         self.beside.remove(worker)
         worker.close()
-        return worker.exit_code or 0
+        return why
 
     def end_standbys(self) -> None:
         """Nobody here holds a coordinate any more, or all begin anew."""

@@ -542,6 +542,7 @@ class Coordinator:
                         "state": "parked" if len(s.parked) >= core.job.slots_per_node else "starting",
                         "rehearses": sorted(s.rehearses),
                         "rehearsed": sorted(s.rehearsed),
+                        "unrehearsed": s.unrehearsed,
                         "checked": s.checked,
                         "unfit": s.unfit,
                     }

@@ -68,7 +68,7 @@ def _misfit_within(record: r.AgentRecord, world_size: int, epoch: int) -> str:
         case r.Offer():
             return _offer(record, world_size, epoch)
         case r.Rehearsed():
-            stray = [rank for rank in record.ranks if not 0 <= rank < world_size]
+            stray = [rank for rank in [*record.ranks, *record.failed] if not 0 <= rank < world_size]
             return f"{name} of rank {stray[0]}, and the job has ranks 0 to {world_size - 1}" if stray else ""
         case r.Standbys():
             wrong = [local for local in record.pids if not 0 <= local < _MOST_LOCALS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -91,6 +91,7 @@ class NodeState:
     trained: bool = False  # its workers have told what job this is
     was: int | None = None  # the node that its machine was before
     rehearsed: frozenset[int] = frozenset()  # coordinates that it has set up ahead of time
+    unrehearsed: Mapping[int, str] = field(default_factory=dict)  # by coordinate, why it could not be set up
     standbys: dict[int, int] = field(default_factory=dict)  # by local index, who can take the place of its worker
     rehearses: frozenset[int] = frozenset()  # those that it is to; none: those of `placing.in_turn`
     checked: bool = False  # as a spare, once at least
@@ -262,7 +263,7 @@ class Members:
             if state.role == "active" and not holds:
                 state.parked.clear()
             state.role, state.rehearsed, state.standbys = "active" if holds else "spare", frozenset(), {}
-            state.rehearses = frozenset()
+            state.rehearses, state.unrehearsed = frozenset(), {}
             state.unfit = "" if holds else state.unfit
 
     def hand_over(self, taken_by: dict[int, int]) -> None:
@@ -271,6 +272,7 @@ class Members:
         for node, spare in taken_by.items():
             taken = self.nodes[spare]
             taken.role, taken.rehearsed, taken.rehearses, taken.unfit = "active", frozenset(), frozenset(), ""
+            taken.unrehearsed = {}
             self.nodes[node].standbys = {}
             if self.nodes[node].role == "active":
                 self.nodes[node].role = "spare"

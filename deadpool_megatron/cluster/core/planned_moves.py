@@ -117,7 +117,7 @@ class Drains:
             assert spare is not None  # one is parked
             drain.asked, drain.rehearses, drain.deadline = True, spare, now + job.deadlines.build
             yield emit("rehearsing", node=spare, ranks=ranks)
-            members.nodes[spare].rehearses = frozenset(ranks)
+            members.nodes[spare].rehearses, members.nodes[spare].unrehearsed = frozenset(ranks), {}
             yield Send(spare, r.Rehearse({members.assignment[rank].local: [rank] for rank in ranks}))
         else:
             yield from self._hold(drain, now)

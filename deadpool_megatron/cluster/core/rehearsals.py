@@ -61,6 +61,7 @@ class Rehearsals:
                 ranks: dict[int, list[int]] = {}
                 for rank in (rank for node in nodes for rank in of[node]):
                     ranks.setdefault(members.assignment[rank].local, []).append(rank)
+                state.unrehearsed = {}
                 yield Send(spare, r.Rehearse(ranks))
         self._again.clear()
         if changed:

@@ -254,6 +254,7 @@ class Start:
         if state.role == "spare":
             there = self._state.members.world_size  # of a wider job they may be more
             state.rehearsed = frozenset(rank for rank in record.ranks if rank < there)
+            state.unrehearsed = {rank: why for rank, why in record.failed.items() if rank < there}
             yield emit("rehearsed", node=record.node, ranks=sorted(record.ranks), cause=record.why)
 
     def stands_by(self, record: r.Standbys) -> Effects:

@@ -50,10 +50,12 @@ class WorkerReady(OfNode, frozen=True):
 
 
 class Rehearsed(OfNode, frozen=True):
-    """The coordinates that a spare node has set up ahead of time. ``why``: one of them is not, or not any more."""
+    """The coordinates that a spare node has set up ahead of time. ``why``: one of them is not, or not any more.
+    ``failed``: by rank, why it is not set up, and not begun again either."""
 
     ranks: list[int]
     why: str = ""
+    failed: dict[int, str] = msgspec.field(default_factory=dict)
 
 
 class Standbys(OfNode, frozen=True):
