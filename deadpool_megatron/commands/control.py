@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -71,6 +72,27 @@ def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectR
     if reply.error:
         raise _NoJob(reply.error, reply.later)
     return reply
+
+
+def _ask_until(
+    run_dir: str, record: msgspec.Struct, end: float = math.inf
+) -> tuple[dict[str, Any], r.InjectReply | r.SpareAdded]:
+    """Ask for what may be asked twice, again while the job may not refuse it in a moment, until ``end``; the job as it
+    answered, and the answer. Raises `_NoJob`, with ``cut`` if a coordinator ended that may have heard it."""
+    cuts, told = 0, ""
+    while True:
+        try:
+            job = _job(run_dir)
+            return job, _ask(job, run_dir, record)
+        except _NoJob as err:
+            cuts += err.cut
+            if not err.later or cuts == _TRIES or time.monotonic() >= end:
+                err.cut = cuts > 0
+                raise
+            if not err.cut and str(err) != told:
+                told = str(err)
+                print(f"deadpool: waiting: {told}", file=sys.stderr)
+        time.sleep(10 * _POLL_S)
 
 
 def _answer(spoke: Spoke, run_dir: str) -> bytes | None:
@@ -201,22 +223,14 @@ def _ask_to_drain(options: argparse.Namespace, end: float, again: bool = False) 
     Args:
         again: a coordinator that has ended may have heard it.
     """
-    told = ""
-    while True:
-        try:
-            _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node))
-            return False
-        except _NoJob as err:
-            why = str(err)
-            if again and why.endswith(("is being drained already", "has left already")):
-                return why.endswith("has left already")
-            again = again or err.cut
-            if not err.later or time.monotonic() >= end:
-                raise
-            if why != told:
-                told = why
-                print(f"deadpool: waiting: {told}", file=sys.stderr)
-        time.sleep(10 * _POLL_S)
+    try:
+        _ask_until(options.run_dir, r.Drain(options.node), end)
+        return False
+    except _NoJob as err:
+        why = str(err)
+        if (again or err.cut) and why.endswith(("is being drained already", "has left already")):
+            return why.endswith("has left already")
+        raise
 
 
 # ---- join
@@ -227,21 +241,10 @@ def join(options: argparse.Namespace) -> int:
 
     A job that is starting, perhaps anew with fewer replicas, is waited for.
     """
-    cuts, told = 0, ""
-    while True:
-        try:
-            job = _job(options.run_dir)
-            reply = _ask(job, options.run_dir, r.AddSpare(options.host or ""))
-            break
-        except _NoJob as err:
-            cuts += err.cut
-            if not err.later or cuts == _TRIES:
-                return _fail(str(err))
-            if not err.cut and str(err) != told:
-                told = str(err)
-                print(f"deadpool: waiting: {told}", file=sys.stderr)
-        # A number that was given meanwhile is forgotten when nobody comes with it.
-        time.sleep(10 * _POLL_S)
+    try:  # (a number that was given before a cut is forgotten when nobody comes with it)
+        job, reply = _ask_until(options.run_dir, r.AddSpare(options.host or ""))
+    except _NoJob as err:
+        return _fail(str(err))
     assert isinstance(reply, r.SpareAdded)
     settings = msgspec.convert(job["agent"], AgentSettings)
     host = options.host or settings.host
