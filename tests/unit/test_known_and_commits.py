@@ -179,6 +179,16 @@ def test_what_was_done_once_is_told_again_to_a_coordinator_that_may_have_started
     assert [each for each in told if isinstance(each, r.SideEffect)] == [r.SideEffect(0, 3, 0, 5, "log")]
 
 
+def test_where_no_processes_stand_by_nobody_looks_for_them() -> None:
+    agent, told = _agent({})
+    for asked in (True, False):
+        agent._crew.standbys = MagicMock(asked=asked)
+        agent._crew.standbys.pids.return_value = {0: 7}
+        agent.look(connected=True)
+        assert agent._crew.standbys.pids.called is agent._crew.standbys.look.called is asked
+    assert told == [r.Standbys(0, {0: 7})]
+
+
 def test_what_a_spare_could_not_rehearse_is_told_again() -> None:
     agent, told = _agent({})
     agent._crew.unrehearsed = {3: "out of memory"}  # type: ignore[misc]

@@ -10,7 +10,7 @@ import pytest
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.job import Phase
-from deadpool_megatron.cluster.core.signs import CAUSE_S, SPREAD_S, XIDS, Role, role_of
+from deadpool_megatron.cluster.core.signs import CAUSE_S, XIDS, Role, role_of
 from deadpool_megatron.cluster.placement.domains import parse_domains
 from deadpool_megatron.cluster.records.exits import Exit
 from simulated import SimulatedJob
@@ -115,7 +115,7 @@ def test_a_node_that_is_lost_explains_the_links_of_others() -> None:
 def test_a_cause_is_forgotten_after_a_while() -> None:
     job = rack()
     tells(job, 0, 149)
-    job.now += SPREAD_S + 1.0
+    job.now += r.SPREAD_S + 1.0
     tells(job, 1, 145)
     dies(job, 1)
     assert deaths(job, 1) == 1
@@ -173,7 +173,7 @@ def test_an_error_that_comes_back_is_no_bug_while_the_machine_tells_of_a_fault()
         job.feed(r.WorkerExited(1, 0, 2, 70 + epoch, -6, epoch))
         job.recover()
     assert job.finish is None
-    job.now += SPREAD_S + 1.0
+    job.now += r.SPREAD_S + 1.0
     job.feed(r.WorkerFailed(1, 0, 2, "training", 2, 5, 0, *error))
     assert job.end[0] == Exit.REPEATED_ERROR
 
@@ -204,7 +204,7 @@ def test_the_next_coordinator_knows_the_cause_and_who_is_started_again_in_place(
     core = Core(job.core.job)
     core.restored(job.core.dump(), job.now)
     assert core._recoveries.in_place == {(1, 0)}
-    assert core._ends._signs._cause(0, SPREAD_S) == "Xid 149: NVLink NETIR error"
+    assert core._ends._signs._cause(0, r.SPREAD_S) == "Xid 149: NVLink NETIR error"
 
 
 @pytest.mark.parametrize(("xid", "role"), [(48, Role.CAUSE), (63, Role.FOLLOWS), (149, Role.CAUSE), (145, Role.LINK)])

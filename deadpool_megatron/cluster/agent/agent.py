@@ -53,7 +53,6 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import Done, Staged
 from deadpool_megatron.vault import is_constants, owner_of
 
-_SIGN_S: Final = 60.0  # so long a sign may explain what ends (`cluster.core.signs`)
 MACHINE: Final = "DEADPOOL_MACHINE"
 """The variable that names the machine of a node, where its own name does not: a pod's may run anywhere."""
 
@@ -142,7 +141,7 @@ class Agent:
         """Call often. ``connected``: to the coordinator."""
         if self._durable is not None:
             self._durable.look()
-        if self._recovery is not None:
+        if self._recovery is not None and self._crew.standbys.asked:
             self._crew.standbys.look(self._crew.workers.values(), self._recovery.calm, self._clock())
             if self._crew.standbys.pids() != self._standbys:
                 self._tell_standbys()
@@ -175,7 +174,7 @@ class Agent:
             )
         )
         for when, sign in self._signs.values():  # before the ends of workers that they explain
-            if self._clock() - when < _SIGN_S:
+            if self._clock() - when < r.SPREAD_S:
                 self.send(sign)
         for worker in workers.values():
             if worker.parked and worker.rank is None and not worker.exited:

@@ -30,12 +30,16 @@ class Standbys:
     Args:
         level: how far they are set up, as `DeadpoolConfig.standby_workers`.
         beside: processes of the node that hold no slot, of which these are some.
+
+    Attributes:
+        asked: there are to be any.
     """
 
     def __init__(self, job: KnownJob, processes: WorkerProcesses, level: str, beside: list[Worker]) -> None:
         self._job = job
         self._processes = processes
         self._level = level
+        self.asked = level != "none"
         self._beside = beside
         self._ends: dict[int, list[float]] = {}  # by local index, when one ended since the last that took the slot
         self._now = 0.0  # at the last look
@@ -47,7 +51,7 @@ class Standbys:
         One at a time, since all of them take memory bandwidth and processors from those that train.
         """
         self._now = now
-        if self._level == "none" or not calm or not self._job.ranks:
+        if not self.asked or not calm or not self._job.ranks:
             self._calm_since = None
             return
         self._calm_since = now if self._calm_since is None else self._calm_since

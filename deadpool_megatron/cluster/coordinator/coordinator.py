@@ -27,7 +27,7 @@ from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.coordinator.validate import misfit
 from deadpool_megatron.cluster.core.core import ABSENCE, GONE, Core
 from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
-from deadpool_megatron.cluster.core.job import JobSpec, Phase, gather_s
+from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.protection import in_words
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.link.link import Hub, agent_identity
@@ -155,8 +155,7 @@ class Coordinator:
     def run(self, announce: Callable[[int], None]) -> tuple[int, str]:
         """Serve the job. ``announce`` is called with the port once the coordinator listens."""
         self.begin(announce)
-        core, woke = self._core, 0.0
-        gather = gather_s(core.job.nodes)
+        core, woke, gather = self._core, 0.0, self._core.job.gather_s
         while self._finish is None:
             timeout = self.timeout()
             if core.phase is Phase.RUNNING and self._clock.now() - woke < gather:

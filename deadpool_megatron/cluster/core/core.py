@@ -699,10 +699,9 @@ class Core:
         yield from self._leave_if_drained()
 
     def _leave_if_drained(self) -> Effects:
-        if self._durability.last_is_over and self._returning.owes:
-            return  # a copy was refused: in the epoch that is due it is had from somebody else
         if self._durability.last_is_over:
-            yield from self._recoveries.last_drained()
+            if not self._returning.owes:  # else a copy was refused: in the epoch that is due another one is had
+                yield from self._recoveries.last_drained()
         elif self._durability.leave is not None:
             yield from self._stop(Exit.PREEMPTED, self._durability.leave)
 

@@ -23,8 +23,6 @@ from deadpool_megatron.cluster.placement.domains import NVLINK
 
 CAUSE_S: Final = 900.0
 """So long a cause explains what ends on its own node: the device stays as it is until it is reset."""
-SPREAD_S: Final = 60.0
-"""So long it explains what ends on other nodes. (NVIDIA looks back 30 s; a process takes its time to die.)"""
 
 
 class Role(Enum):
@@ -113,7 +111,7 @@ class Signs:
     def took(self, record: r.MachineSign) -> Effects:
         """A machine tells. A cause is written down, and what it explains is taken from the records of others."""
         members, now, role = self._members, self._members.unix_s, role_of(record)
-        seen = [each for each in self._seen.get(record.node, ()) if now - each[0] < SPREAD_S]
+        seen = [each for each in self._seen.get(record.node, ()) if now - each[0] < r.SPREAD_S]
         self._seen[record.node] = [*(each for each in seen if each[1] is not role), (now, role)]
         what = f"Xid {record.xid}: {XIDS.get(record.xid, (role, record.text or 'not in the table'))[1]}"
         what += f" (GPU {record.device})" * bool(record.device)
@@ -121,11 +119,11 @@ class Signs:
         if role is not Role.CAUSE:
             return
         known = members.nodes[record.node].record.failures
-        if not any(each.kind == "sign" and each.cause == what and now - each.when < SPREAD_S for each in known):
+        if not any(each.kind == "sign" and each.cause == what and now - each.when < r.SPREAD_S for each in known):
             members.failed(record.node, "sign", what)
             for node in self._seen if members.nodes[record.node].trained else ():
                 if node != record.node and self._explained(node, record.node):
-                    members.nodes[node].record.forgive(now - SPREAD_S)
+                    members.nodes[node].record.forgive(now - r.SPREAD_S)
             yield Persist()
 
     def judge(self, record: r.WorkerExited, by_peer: bool) -> Verdict:
@@ -137,7 +135,7 @@ class Signs:
         others = [n for n, s in self._members.nodes.items() if n != node and s.trained and s.record.failures]
         for culprit in others:
             explained = self._explained(node, culprit)
-            cause = self._cause(culprit, SPREAD_S, ("sign", "lost") if explained else ("sign",))
+            cause = self._cause(culprit, r.SPREAD_S, ("sign", "lost") if explained else ("sign",))
             if cause and (for_a_peer or explained):
                 return Verdict(Blamed.FOLLOWS, f"{cause} on {self._members.called(culprit)}")
         first = next((n for n in others if self._died(n, record.epoch)), None)
@@ -163,7 +161,7 @@ class Signs:
 
     def _roles(self, node: int) -> set[Role]:
         now = self._members.unix_s
-        return {role for when, role in self._seen.get(node, ()) if now - when < SPREAD_S}
+        return {role for when, role in self._seen.get(node, ()) if now - when < r.SPREAD_S}
 
     def _explained(self, node: int, culprit: int) -> bool:
         """The machine of ``node`` tells of a link, or of what follows; and the culprit may be at its other end."""

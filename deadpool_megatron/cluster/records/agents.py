@@ -136,6 +136,10 @@ class WorkerFailed(OfNode, frozen=True):
     communication: bool = False
 
 
+SPREAD_S: Final = 60.0
+"""So long a sign explains what ends on other nodes. (NVIDIA looks back 30 s; a process takes its time to die.)"""
+
+
 class MachineSign(OfNode, frozen=True):
     """The machine of a node tells of a fault: an Xid of the NVIDIA driver.
 
