@@ -25,12 +25,12 @@ from deadpool_megatron.cluster.agent.process import AgentProcess
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
-from deadpool_megatron.cluster.coordinator.saved_state import Memory
+from deadpool_megatron.cluster.coordinator.saved_state import Memory, of_this_version
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.link.ports import once_free, patience_s
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, TERMINATE, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, StoreError, open_store
+from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, StoreDamaged, StoreError, open_store
 from deadpool_megatron.durable import DurableError, Lease, Unreadable, begin, go_on, this_process
 from deadpool_megatron.launcher.processes import CoordinatorStart, DurableStart
 from deadpool_megatron.output import never_fails
@@ -195,7 +195,8 @@ def _world_size(start: CoordinatorStart) -> int:
     """Ranks of the job now: fewer than at first where a coordinator goes on with one that has fewer replicas."""
     url, name = start.store
     kept = Memory(open_store(url, start.run_dir, name), Guard(*start.guard)).read() if start.resume else None
-    return start.job.world_size if kept is None else int(kept["members"]["world_size"])
+    with of_this_version():
+        return start.job.world_size if kept is None else int(kept["members"]["world_size"])
 
 
 def _say(line: str) -> None:
@@ -229,7 +230,7 @@ def main() -> int:
         return Exit.GENERATION_LOST if isinstance(err, Unreadable) else Exit.USAGE
     except OSError as err:  # the process boundary: a directory or address the user named cannot be used
         print(f"deadpool: {role}: {err}", file=sys.stderr)
-        return Exit.USAGE
+        return Exit.RECOVERY_FAILED if isinstance(err, StoreDamaged) else Exit.USAGE  # which no other one can mend
 
 
 if __name__ == "__main__":

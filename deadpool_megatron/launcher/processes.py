@@ -420,7 +420,7 @@ class CoordinatorProcess:
             if code < 0 and (over := self._died_of(-code)) is not None:  # before it listened
                 return over
             # Nobody has decided that the job ends, and what has ended the one before, want of memory perhaps, may pass.
-            if code == Exit.DEPOSED or self._interrupted:
+            if code in (Exit.DEPOSED, Exit.RECOVERY_FAILED) or self._interrupted:
                 return max(code, int(Exit.FAILED)), message
             if time.monotonic() - began > self._RESTARTS_S:
                 return Exit.RECOVERY_FAILED, message

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from deadpool_megatron.cluster.coordinator.saved_state import read_state
+from deadpool_megatron.cluster.coordinator.saved_state import of_this_version, read_state
 from deadpool_megatron.cluster.link.reach import reached
 from deadpool_megatron.cluster.store import EMBEDDED, Store, StoreError
 from deadpool_megatron.cluster.store.leadership import LEADER, STATE, Leadership, Place, known_place
@@ -33,7 +33,9 @@ def job_lives(store: Store) -> bool:
     state = read_state(store)
     if state is None:
         return False
-    vaults = [vault for _, role, _, vault, *_ in state["members"]["nodes"] if vault and role not in ("lost", "left")]
+    with of_this_version():
+        nodes = state["members"]["nodes"]
+        vaults = [tuple(vault) for _, role, _, vault, *_ in nodes if vault and role not in ("lost", "left")]
     asked = vaults[:: max(1, len(vaults) // _ASKED)]
     return reached([(host, port) for host, port in asked]) * 2 >= len(asked) > 0
 

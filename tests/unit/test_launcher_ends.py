@@ -26,7 +26,7 @@ from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.cluster.store import EMBEDDED, Guard, StoreError, open_store
+from deadpool_megatron.cluster.store import EMBEDDED, Guard, Store, StoreError, open_store
 from deadpool_megatron.cluster.store.gateway import Gateway, StoreAddress
 from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.launcher import node, processes
@@ -73,6 +73,46 @@ def test_whoever_leads_next_goes_on_with_a_job_that_has_not_begun(tmp_path: Path
     assert all(state["now"]["phase"] == "starting" for state in told) and not hub.send.called
     coordinator._packet(b"node-1@job", r.encode(r.Join(1, 7, "h", 1, [8])))
     assert [call.args[0] for call in hub.send.call_args_list] == [b"node-0@job", b"node-1@job"]
+    store.close()
+
+
+def _older_state(store: Store, guard: Guard, *, without: tuple[str, str]) -> None:
+    """A job is under way, of a DeadPool that knew nothing of this part of the state."""
+    part, name = without
+    state = SimulatedJob(2, 0, 1).train().core.dump()
+    del state[part][name]
+    Memory(store, guard).begin(state)
+
+
+@pytest.mark.parametrize("without", [("now", "start_epoch"), ("members", "world_size"), ("layout", "widths")])
+def test_a_state_of_another_version_ends_the_job_in_one_line_that_says_what_to_do(
+    without: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(EMBEDDED, str(tmp_path), "job")
+    guard = Leadership(store, 2.0).take()
+    assert guard is not None
+    _older_state(store, guard, without=without)
+    settings = CoordinatorSettings("h", "h", 1, bytes(32), "run", job_id="job", resume=True)
+    hub = MagicMock(port=1)
+
+    def coordinate(start: Any) -> int:
+        node._world_size(start)
+        coordinator = Coordinator(
+            JobSpec(2, 0, 1, True, DEADLINES), settings, MagicMock(), store, guard, hub, MagicMock()
+        )
+        coordinator.begin(lambda port: None)
+        return 0
+
+    start = SimpleNamespace(store=(EMBEDDED, "job"), run_dir=str(tmp_path), guard=guard, resume=True)
+    monkeypatch.setattr(node, "_coordinator", coordinate)
+    monkeypatch.setattr(node.msgspec.json, "decode", lambda settings, type: start)
+    monkeypatch.setattr(sys, "argv", ["node", "coordinator"])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
+    monkeypatch.setattr(node, "never_fails", lambda stands_still: None)
+    assert node.main() == Exit.RECOVERY_FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"of another version of DeadPool, and cannot be read (KeyError: '{without[1]}')" in line
+    assert "--deadpool-resume auto" in line and not hub.send.called
     store.close()
 
 
@@ -258,6 +298,13 @@ def test_a_coordinator_that_cannot_be_started_again_at_once_is_tried_again(monke
     hosted, started = _hosted(100, monkeypatch)
     code, message = hosted.revive() or (0, "")
     assert code == Exit.RECOVERY_FAILED and "cannot be started again" in message and len(started) == 1
+
+
+def test_one_that_can_never_go_on_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted, _ = _hosted(0, monkeypatch)
+    tries = [_Process(Exit.FAILED), _Process(Exit.RECOVERY_FAILED), _Process()]
+    monkeypatch.setattr(hosted._processes, "start", lambda *of, **more: tries.pop(0))
+    assert (hosted.revive() or (0,))[0] == Exit.RECOVERY_FAILED and len(tries) == 1
 
 
 def test_one_that_is_killed_before_it_listens_counts_as_killed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.coordinator.absences import Absences, Ask
 from deadpool_megatron.cluster.coordinator.drain_sources import Drains
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
-from deadpool_megatron.cluster.coordinator.saved_state import Memory
+from deadpool_megatron.cluster.coordinator.saved_state import Memory, of_this_version
 from deadpool_megatron.cluster.coordinator.validate import misfit
 from deadpool_megatron.cluster.core.core import ABSENCE, GONE, Core
 from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
@@ -189,10 +189,12 @@ class Coordinator:
         if self._settings.resume:
             kept = self._memory.read()
             if kept is not None:
-                if (until := kept["now"].get("waits_until")) is not None:
-                    left = min(kept["now"]["waits_s"], max(0.0, until - self._unix()))
-                    kept["now"]["waits_s"] = left
-                self._do(self._core.restored(kept, self._clock.now()))
+                with of_this_version():
+                    if (until := kept["now"].get("waits_until")) is not None:
+                        left = min(kept["now"]["waits_s"], max(0.0, until - self._unix()))
+                        kept["now"]["waits_s"] = left
+                    actions = self._core.restored(kept, self._clock.now())
+                self._do(actions)
         else:
             self._memory.begin(self._core.dump())
         self._write_status()

@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import msgspec
@@ -20,10 +21,24 @@ _PARTS: Final = ("now", "members", "layout")
 _encoder = msgspec.msgpack.Encoder()
 
 
+@contextmanager
+def of_this_version() -> Iterator[None]:
+    """In it a state is read that was written: raises StoreDamaged where it has not the shape that is expected."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, msgspec.MsgspecError, zlib.error) as err:
+        raise StoreDamaged(
+            "what was kept of the job that is under way is of another version of DeadPool, and cannot be read "
+            f"({type(err).__name__}: {err}): go on with the version that it began with, or end all its processes and "
+            "start it again, from what is durable (--deadpool-resume auto) or from Megatron's last checkpoint"
+        ) from err
+
+
 def read_state(store: Store) -> dict[str, Any] | None:
     """The state of the job that is under way, by part; None when there is none. Raises StoreError."""
     entries = {name: store.get(STATE + name) for name in _PARTS}
-    parts = {name: msgspec.msgpack.decode(zlib.decompress(e.value)) for name, e in entries.items() if e is not None}
+    with of_this_version():
+        parts = {name: msgspec.msgpack.decode(zlib.decompress(e.value)) for name, e in entries.items() if e is not None}
     return parts if "now" in parts else None
 
 
