@@ -220,7 +220,7 @@ def test_a_generation_that_nobody_holds_gives_way_to_the_newest_durable_one_or_t
     drain(it, without=[1, 2])
     code, message = it.end
     assert code == Exit.GENERATION_LOST and it.events("base_lost")[0]["iteration"] == 5
-    assert "nobody holds the shard of rank 1, and of 1 others of generation 5" in message
+    assert "nobody holds the shards of ranks 1, 2 of generation 5" in message
     it = job(durable=DURABLE)
     for generation in (100, 200):
         it.commit(generation)
@@ -234,7 +234,16 @@ def test_a_generation_that_nobody_holds_gives_way_to_the_newest_durable_one_or_t
     assert it.finish is None and it.core.phase is Phase.STARTING and it.core.epoch == 3
     assert it.events("base_lost")[0]["iteration"] == it.events("shrunk")[0]["iteration"] == 201
     assert base(it) is None and it.told(r.ResumeAt)[-1] == r.ResumeAt(200, name)
+    said = "nobody holds the shard of rank 0 of generation 201: the job begins anew on nodes 0, 2"
+    assert it.events("started_over")[-1]["message"] == said
     begin(it)
+
+
+def test_of_many_shards_that_nobody_holds_some_are_named() -> None:
+    it = job(nodes=20)
+    it.lose(1)
+    drain(it, without=range(1, 13))
+    assert "of ranks 1, 2, 3, 4, 5, 6, 7, 8 and 4 more of generation 5" in it.end[1]
 
 
 def test_a_wait_for_a_spare_comes_first_and_a_spare_that_comes_costs_no_replica() -> None:

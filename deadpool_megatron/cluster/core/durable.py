@@ -36,6 +36,7 @@ _SHARE = 0.5
 _LOAD_S = 600.0  # beyond `DurableSpec.deadline`, for a node to read its shards before training
 _SAY_S = 60.0  # that the start waits for a directory; again after twice as long, and so on
 _RECUT = "recut"  # marks one of another number of replicas
+_MOST_NAMED = 8  # ranks, where they may be thousands
 _NOBODY = -1  # in the place of the node that removes an attempt
 
 
@@ -279,8 +280,9 @@ class Durability:
             )
             yield Send(None, self._resumes_at)
             return ""
-        others = f", and of {len(lacking) - 1} others" * (len(lacking) > 1)
-        why = f"nobody holds the shard of rank {lacking[0]}{others}"
+        several, more = len(lacking) > 1, len(lacking) - _MOST_NAMED
+        ranks = ", ".join(map(str, lacking[:_MOST_NAMED])) + f" and {more} more" * (more > 0)
+        why = f"nobody holds the shard{'s' * several} of rank{'s' * several} {ranks}"
         yield from self.bad("", why)
         return f"{why} of generation {generation}"
 

@@ -169,8 +169,8 @@ class Start:
         taken_by = self._state.spares.for_start(lost)
         why = f"node {lost[0]} was lost" if lost else "a worker ended"
         why += f" before the first generation was committed ({reason})"
-        if self._state.progress.committed >= 0:
-            why = reason  # what is durable is of more replicas than there are now, and nobody but a new start reads it
+        if self._state.progress.committed >= 0 or (self._state.durability.base is not None and not lost):
+            why = reason  # what there is is of other replicas than there are now, and nobody but a new start reads it
         if taken_by is None and self._state.can_shrink() and self._state.durability.base is not None:
             return (yield from self.resized(f"{why}, and no spare is left", members.assignment))
         if taken_by is None:
