@@ -969,6 +969,38 @@ def test_a_checkpoint_that_fails_with_the_same_error_again_ends_the_job_for_want
     assert "rank 5 raised the same error again: no space left" in message
 
 
+@pytest.mark.parametrize("spares", [1, 2])
+def test_a_spare_that_has_come_by_the_time_a_checkpoint_fails_is_used(spares: int) -> None:
+    """Of two nodes that are lost one is replaced while the others save; where one came too few, they save again."""
+    job = SimulatedJob(nodes=5, spares=1).train()
+    job.commit(0)
+    job.take(job.core.node_away(0, job.now))
+    job.take(job.core.node_away(1, job.now))
+    job.wait(2.0)
+    declared = job.told(r.Declare)[-1]
+    assert declared.purpose == "save" and {slot.node for slot in declared.assignment} == {2, 3, 4}
+    job.arrive(7)
+    job.prepare()
+    job.form()
+    job.restore()
+    for _ in range(spares - 1):
+        _, node, actions = job.core.add_spare("h", job.now)
+        job.take(actions)
+        job.join([node])
+        job.park([node])
+    slot, epoch = job.core.assignment[5], job.core.epoch
+    job.feed(r.WorkerExited(slot.node, slot.local, 5, 99, 1, epoch))
+    declared = job.told(r.Declare)[-1]
+    assert declared.epoch == epoch + 1 and job.finish is None
+    assert declared.purpose == ("resume" if spares == 2 else "save")
+    if spares == 2:
+        assert sorted(job.active) == [2, 3, 4, 5] and len(declared.replaced) == 5
+        job.recover(7)
+        assert job.core.phase is Phase.RUNNING and job.core.nodes[4].role == "active"
+        job.lose(5)
+        assert job.told(r.Declare)[-1].purpose == "save"
+
+
 def test_the_error_of_a_try_to_save_that_is_over_does_not_end_the_next_one() -> None:
     job = _rescued()
 

@@ -32,6 +32,7 @@ class Crew:
         self._job = job
         self._processes = processes
         self._rehearsals = rehearsals
+        self._slots = 0  # those beyond are there to save what lost nodes had
         self._asked: dict[int, Sequence[int]] = {}  # by local index, what it rehearses in the place of those in turn
         self._given_up: dict[tuple[int, int], str] = {}  # by (local, rank), why its rehearsal has ended
         self.workers: dict[int, Worker] = {}
@@ -42,6 +43,7 @@ class Crew:
 
     def start(self, slots: int) -> None:
         """Start all workers, or take them in; a spare's are parked. Raises AdoptionError."""
+        self._slots = slots
         for local in range(slots):
             self.workers[local] = self._processes.start(local, self._job.ranks.get(local))
         self._processes.all_started()
@@ -70,6 +72,8 @@ class Crew:
         if old is not None:
             del self.workers[local]  # it is closed even if no other one can be started
             old.close()
+        if local >= self._slots and local not in self._job.ranks:
+            return
         rank = self._job.ranks.get(local) if self._job.declared is None else None
         there = self.standbys.take(local) if rank is None else None
         self.workers[local] = there or self._processes.start(local, rank)

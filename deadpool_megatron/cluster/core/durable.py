@@ -281,8 +281,8 @@ class Durability:
             yield Send(None, self._resumes_at)
             return ""
         several, more = len(lacking) > 1, len(lacking) - _MOST_NAMED
-        ranks = ", ".join(map(str, lacking[:_MOST_NAMED])) + f" and {more} more" * (more > 0)
-        why = f"nobody holds the shard{'s' * several} of rank{'s' * several} {ranks}"
+        named = ", ".join(map(str, lacking[:_MOST_NAMED])) + f" and {more} more" * (more > 0)
+        why = f"nobody holds the shard{'s' * several} of rank{'s' * several} {named}"
         yield from self.bad("", why)
         return f"{why} of generation {generation}"
 

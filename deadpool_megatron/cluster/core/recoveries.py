@@ -114,6 +114,7 @@ class Recoveries:
         Where a spare is worth waiting for, they stay where they are.
         """
         state, members = self._state, self._state.members
+        out_of_use |= self._trains_on()
         taken_by = self._taken_by(out_of_use)
         if taken_by is None and self._purpose == "resume":
             yield from self._call_drains_off(out_of_use)
@@ -181,6 +182,27 @@ class Recoveries:
         for node in placing.nodes_of(plan or ()):
             members.nodes[node].role = "active"
         return plan
+
+    def _trains_on(self) -> set[int]:
+        """Spares enough have come since the job had to save what it has: coordinates are where they were, and those of
+        these nodes are to be given away. Empty: it goes on to save, or does not."""
+        members, placed, slots = self._state.members, self._placed or [], self._state.job.slots_per_node
+        before = placing.nodes_of(placed)
+        lost = {node for node in before if members.gone(node) or members.nodes[node].role == "leaving"}
+        taken = {node for node in members.active() if node not in before and not members.gone(node)}
+        enough = len(lost) <= len(taken) + len(members.ready_spares()) + len(members.cold_spares())
+        # (a coordinator that has started again does not know how they were placed)
+        if self._purpose != "save" or not lost or not enough or any(slot.local >= slots for slot in placed):
+            return set()
+        members.assignment = placed
+        for node in taken:  # its workers hold coordinates, and others are parked in their place
+            members.nodes[node].role = "spare"
+            members.nodes[node].parked.clear()
+        self.helpers |= taken
+        self.vacant = {slot for slot in self.vacant if slot[1] < slots}
+        self._purpose, self._placed, self._end, self._not_saved = "resume", None, "", ""
+        self._full.clear()
+        return lost
 
     def _unsaved(self, why: str = "") -> Stop:
         """The job ends without a checkpoint."""
