@@ -1,6 +1,7 @@
 """With how many replicas fewer a run can go on where no spare is left (``when_out_of_spares: shrink``).
 
-Fewer replicas hold larger parts of the optimizer's state, on devices and in vaults.
+Fewer replicas hold larger parts of the optimizer's state, on devices and in vaults. What they begin with takes half of
+the vaults of the width before, beside theirs, until they have committed a generation.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Narrower:
 
 def narrower(run: RunFile, plan: Budget) -> list[Narrower]:
     """From the widest down to the first that does not fit; those that fill whole nodes. None where nothing shrinks."""
-    sizes, out = plan.sizes, list[Narrower]()
+    sizes, out, before = plan.sizes, list[Narrower](), plan.vault_node
     if run.deadpool.when_out_of_spares != "shrink":
         return out
     replica = sizes.world // sizes.dp
@@ -40,11 +41,13 @@ def narrower(run: RunFile, plan: Budget) -> list[Narrower]:
     for replicas in range(sizes.dp - 1, 0, -1):
         nodes = placing.nodes_for(replicas, replica, run.cluster.gpus_per_node)
         if nodes is not None and fills(replicas * sizes.cp, sizes.ep, instances) and not (out and out[-1].why_not):
-            out.append(_one(run, replicas, nodes))
+            out.append(_one(run, replicas, nodes, before / 2))
+            before = out[-1].vault_node
     return out
 
 
-def _one(run: RunFile, replicas: int, nodes: int) -> Narrower:
+def _one(run: RunFile, replicas: int, nodes: int, base: float) -> Narrower:
+    """``base``: bytes a node that what they begin with takes."""
     micro = int(run.megatron["micro-batch-size"]) * replicas
     batch = math.ceil(int(run.megatron["global-batch-size"]) / micro) * micro  # one replica may have one more
     few = nodes < Scheme.parse(run.deadpool.redundancy).size
@@ -66,4 +69,10 @@ def _one(run: RunFile, replicas: int, nodes: int) -> Narrower:
         plan = budget(there)
     except PlanError as err:
         return Narrower(replicas, nodes, 0.0, 0.0, str(err).removeprefix(f"{run.name}: "))
-    return Narrower(replicas, nodes, plan.device, plan.vault_node, "")
+    there_is, why = min(run.cluster.shm_bytes, run.cluster.host_memory * 1e9), ""
+    if plan.vault_node + base > there_is:
+        why = (
+            f"the vault of a node needs {plan.vault_node / 1e9:.1f} GB beside {base / 1e9:.1f} of what the job begins "
+            f"with, and there are {there_is / 1e9:.1f}"
+        )
+    return Narrower(replicas, nodes, plan.device, plan.vault_node, why)

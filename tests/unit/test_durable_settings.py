@@ -24,7 +24,6 @@ from deadpool_megatron.launcher.processes import _checkpoint_to_load
         (["--deadpool-durable-dir", "d", "--deadpool-durable-keep", "0"], "must be 1 or more generations"),
         (["--deadpool-durable-dir", "d", "--deadpool-durable-deadline", "0"], "must be more than 0 seconds"),
         (["--deadpool-durable-dir", "d", "--deadpool-export", "e"], "--deadpool-export needs --deadpool-resume"),
-        (["--deadpool-when-out-of-spares", "shrink"], "shrink needs --deadpool-durable-dir"),
         (
             ["--deadpool-when-out-of-spares", "wait", "--deadpool-wait-for-spare", "5"],
             "--deadpool-wait-for-spare has no use",

@@ -438,7 +438,7 @@ def test_the_report_names_what_the_drainer_takes(tmp_path: Path, capsys: pytest.
         assert ("its drainer to the durable directory" in capsys.readouterr().out) is said
 
 
-_SHRINKS = {"when_out_of_spares": "shrink", "durable_dir": "/durable"}
+_SHRINKS = {"when_out_of_spares": "shrink"}
 
 
 def test_a_run_that_may_become_narrower_is_told_how_far_its_memory_lets_it(tmp_path: Path) -> None:
@@ -457,6 +457,18 @@ def test_a_run_that_may_become_narrower_is_told_how_far_its_memory_lets_it(tmp_p
     assert least.vault_node > plan.vault_node
     (line,) = [line for line in report.text(run, plan) if line.startswith("fewer replicas")]
     assert f"{least.replicas} or more fit" in line
+
+
+def test_what_fewer_replicas_begin_with_has_to_fit_beside_their_vaults(tmp_path: Path) -> None:
+    small = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 1, "num_layers": 4}
+    run = _changed(tmp_path, cluster={"nodes": 4}, deadpool=_SHRINKS, **small)
+    wide, (least, *_) = budget(run), narrower(run, budget(run))
+    needs = least.vault_node + wide.vault_node / 2
+    for shm, fits in ((needs + 1e6, True), (needs - 1e6, False)):
+        tight = _changed(tmp_path, {"nodes": 4, "shared_memory": shm / 1e9}, _SHRINKS, **small)
+        (first, *_) = narrower(tight, budget(tight))
+        assert (first.why_not == "") is fits
+    assert "of what the job begins with" in first.why_not
 
 
 def test_a_run_that_fits_at_its_full_width_alone_says_so(tmp_path: Path) -> None:
