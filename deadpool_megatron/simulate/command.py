@@ -1,4 +1,4 @@
-"""`deadpool simulate`: goodput against cluster size, for DeadPool, checkpoint-restart and shrinking.
+"""`deadpool simulate`: goodput against cluster size, for DeadPool, with and without shrinking, and checkpoint-restart.
 
 Every input is printed with where it comes from: a published figure, a measurement of this project, or the flag that
 was given. Nothing here is a measurement of a cluster.
@@ -30,9 +30,9 @@ _RATES: Final = {
     "llama3": (3.79, "419 interruptions in 54 days on 16,384 GPUs = 2,048 nodes, Llama 3"),
 }
 _NAMES: Final = {
-    "deadpool": "DeadPool (spares counted)",
+    "deadpool": "DeadPool, waits without a spare (spares counted)",
+    "shrink": "DeadPool, shrinks without a spare (spares counted)",
     "checkpoint": "checkpoint-restart (spares counted, best interval)",
-    "shrink": "shrink only (no spares)",
 }
 # flag, default, unit, meaning, source of the default
 _INPUTS: Final = (
@@ -43,9 +43,10 @@ _INPUTS: Final = (
     ("recovery", 40.0, "s", "DeadPool: failure to training again", "arXiv 2607.01646: under 40 s on 512 A100"),
     ("overhead", 0.36, "%", "DeadPool: cost without failures", "measured here: docs/measurements/recovery.md"),
     ("commit-share", 0.5, "", "part of an iteration until its commit", "architecture: the first half of the ticks"),
+    ("shrink", 150.0, "s", "DeadPool: failure to fewer replicas", "as a restart: all processes begin anew"),
+    ("growth", 150.0, "s", "DeadPool: lost as replicas come back", "as a shrink"),
     ("restart", 150.0, "s", "checkpoint: failure to training again", "arXiv 2607.01646: about 150 s"),
     ("save", 5.0, "s", "checkpoint: training stands still to save", "assumption: asynchronous saving"),
-    ("shrink-recovery", 40.0, "s", "shrink: failure to training again", "as DeadPool"),
 )
 
 
@@ -186,15 +187,14 @@ def _one_size(
     per_second = failures_a_day / 86400.0
     costs = {
         "deadpool": ours,
+        "shrink": replace(ours, shrink_s=v["shrink"], growth_s=v["growth"]),
         "checkpoint": best_interval(Costs(restart_s=v["restart"], save_s=v["save"]), per_second),
-        "shrink": Costs(recovery_s=v["shrink-recovery"], commit_share=v["commit-share"]),
     }
     days = _days(options, failures_a_day)
     out: dict[str, Any] = {"gpus": gpus, "nodes": nodes, "failures_a_day": failures_a_day, "days": days}
     for strategy in STRATEGIES:
-        choices = [0] if strategy == "shrink" else [options.spares] if options.spares is not None else None
         best: dict[str, Any] | None = None
-        for spares in choices or _spare_choices(nodes):
+        for spares in _spare_choices(nodes) if options.spares is None else [options.spares]:
             outcomes = []
             for run in range(1 if trace else options.runs):
                 rng = random.Random(f"{options.seed}-{gpus}-{run}")
@@ -241,18 +241,15 @@ def run_simulate(options: argparse.Namespace) -> int:
         print(f"      {source}")
     results = []
     print("\ngoodput, share of all nodes' time that becomes training (simulated)")
-    print(f"{'GPUs':>8} {'failures':>9} | {'DeadPool':>16} | {'checkpoint-restart':>24} | {'shrink':>7}")
-    print(f"{'':>8} {'a day':>9} | {'goodput  spares':>16} | {'goodput  spares  every':>24} | {'goodput':>7}")
+    print(f"{'':>8} {'':>8} | {'DeadPool,':>14} | {'DeadPool,':>14} |")
+    print(f"{'':>8} {'failures':>8} | {'waits':>14} | {'shrinks':>14} | {'checkpoint-restart':>22}")
+    print(f"{'GPUs':>8} {'a day':>8}" + 2 * f" | {'goodput spares':>14}" + f" | {'goodput spares':>14} {'every':>7}")
     for gpus, failures_a_day in sizes.items():
         one = _one_size(gpus, values, failures_a_day, trace, options)
         results.append(one)
-        a, b, c = (one[s] for s in STRATEGIES)
-        every = f"{b['interval_s']:.0f} s"
-        print(
-            f"{gpus:>8} {one['failures_a_day']:>9.2f} | {a['goodput']:>7.2%} {a['spares']:>8} | "
-            f"{b['goodput']:>7.2%} {b['spares']:>7} {every:>8} | {c['goodput']:>7.2%}",
-            flush=True,
-        )
+        columns = "".join(f" | {one[s]['goodput']:>7.2%} {one[s]['spares']:>6}" for s in STRATEGIES)
+        every = f"{one['checkpoint']['interval_s']:.0f} s"
+        print(f"{gpus:>8} {one['failures_a_day']:>8.2f}{columns} {every:>7}", flush=True)
     try:
         if options.out:
             inputs = [{"meaning": t, "value": x, "source": s} for t, x, s in rows]

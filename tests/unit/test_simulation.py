@@ -23,7 +23,6 @@ def test_without_failures_goodput_is_what_spares_and_overhead_leave() -> None:
     cluster = Cluster(nodes=90, spares=10, iteration_s=10.0, repair_s=3600.0)
     out = simulate("deadpool", cluster, Costs(overhead=0.25), iter(()), WEEK)
     assert out.goodput == pytest.approx(0.9 / 1.25) and out.failures == 0
-    assert simulate("shrink", cluster, Costs(), iter(()), WEEK).goodput == pytest.approx(1.0)
 
 
 def test_the_overhead_that_is_called_measured_is_what_the_measurement_says() -> None:
@@ -49,9 +48,38 @@ def test_one_failure_costs_a_restart_everything_since_the_last_checkpoint() -> N
     assert out.useful_s == pytest.approx((1000 - 50 - 50) * 0.9)
 
 
-def test_shrinking_loses_the_replica_until_the_repair() -> None:
-    out = simulate("shrink", Cluster(8, 0, 1.0, 200.0, replica_nodes=2), Costs(commit_share=0), iter([100.0]), 1000.0)
-    assert out.useful_s == pytest.approx(1000 - 200 / 4)
+def test_without_a_spare_a_replica_is_missing_until_the_repair() -> None:
+    cluster, costs = Cluster(8, 0, 1.0, 200.0, replica_nodes=2), Costs(commit_share=0, shrink_s=20.0, growth_s=10.0)
+    out = simulate("shrink", cluster, costs, iter([100.0]), 1000.0)
+    assert out.useful_s == pytest.approx(1000 - 20 - 180 / 4 - 10) and out.narrow_s == pytest.approx(180)
+    assert out.down_s == pytest.approx(30) and out.starved == 1
+
+
+def test_spares_come_first_and_the_healthy_nodes_of_a_replica_that_has_left_are_spares() -> None:
+    cluster, costs = Cluster(8, 1, 1.0, 1e9, replica_nodes=4), Costs(commit_share=0, recovery_s=1.0, shrink_s=20.0)
+    for losses, down, share in ((1, 1, 1.0), (2, 21, 0.5), (3, 22, 0.5), (5, 24, 0.5)):
+        out = simulate("shrink", cluster, costs, iter([100.0] * losses), 1000.0)
+        assert out.down_s == pytest.approx(down), losses
+        narrow_s = 1000 - 200 - 20 - 1.0 * (losses - 2) if losses > 1 else 0.0
+        assert out.useful_s == pytest.approx(1000 - down - (1 - share) * narrow_s, abs=1.0)
+    out = simulate("shrink", cluster, costs, iter([100.0] * 6), 1000.0)
+    assert out.down_s == pytest.approx(24 + 400), "no replica is left: as without shrinking"
+
+
+def test_a_job_takes_as_many_replicas_back_as_the_repaired_nodes_make_up() -> None:
+    cluster, costs = Cluster(8, 0, 1.0, 1e9, replica_nodes=2), Costs(commit_share=0, growth_s=5.0)
+    out = simulate("shrink", cluster, costs, iter([100.0, 0.0, 0.0]), 1000.0, iter([200.0, 300.0, 500.0]))
+    assert out.useful_s == pytest.approx(100 + 200 / 2 + (300 - 5) * 0.75 + (400 - 5)) and out.down_s == 10
+
+
+def test_shrinking_is_worth_what_a_job_without_a_spare_would_wait() -> None:
+    cluster, costs = Cluster(512, 2, 11.0, 24 * 3600.0, 8), Costs(recovery_s=40.0, shrink_s=150.0, restart_s=150.0)
+    waits, shrinks = (
+        simulate(strategy, cluster, costs, poisson(0.0065, 514, random.Random(1)), 90 * 86400.0)  # type: ignore[arg-type]
+        for strategy in ("deadpool", "shrink")
+    )
+    assert waits.failures == shrinks.failures and waits.starved > 10 and shrinks.narrow_s > 0
+    assert shrinks.goodput > 1.05 * waits.goodput
 
 
 def test_a_failure_during_a_recovery_begins_it_anew_and_takes_another_spare() -> None:
@@ -125,7 +153,7 @@ def test_every_input_has_a_source_and_a_flag_replaces_it(tmp_path: Path, capsys:
     }  # fmt: skip
     assert all(i["source"] for i in inputs.values()) and len(inputs) > 10
     small, large = json.loads(out.read_text())["results"]
-    assert large["deadpool"]["goodput"] > large["checkpoint"]["goodput"]
+    assert large["shrink"]["goodput"] > large["deadpool"]["goodput"] > large["checkpoint"]["goodput"]
     assert large["failures_a_day"] == pytest.approx(32 * small["failures_a_day"])
 
 
