@@ -11,6 +11,7 @@ from deadpool_bench.recovery import add_recovery_arguments, run_recovery
 from deadpool_bench.scale import add_ablation_arguments, add_scale_arguments, run_ablation, run_scale
 from deadpool_bench.survival import add_faults_arguments, run_faults
 from deadpool_bench.validation import add_model_arguments, run_model
+from deadpool_bench.widths import add_widths_arguments, run_widths
 
 
 def add_benches(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,8 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     bench("recovery", "kill nodes and time the way back, against a restart", add_recovery_arguments, run_recovery)
     text = "time iterations with and without snapshots, and Megatron's checkpoints"
     bench("overhead", text, add_overhead_arguments, run_overhead)
+    text = "time iterations with fewer replicas against those with all"
+    bench("widths", text, add_widths_arguments, run_widths)
     text = "recovery time against ranks, model bytes or nodes lost at once"
     bench("scale", text, add_scale_arguments, run_scale)
     text = "recovery time without warm spares, and with time-outs alone"

@@ -153,11 +153,6 @@ class Job(jobs.Job):
             self.inject(node, iteration, tick, *more)
         self.hold(until)
 
-    def join(self) -> subprocess.Popen[bytes]:
-        """A node joins the job as a spare, in the background: its command, which ends with the node."""
-        command = ["join", "--run-dir", str(self.run_dir)]
-        return jobs.fork_cli(command, environment(forked=True), stdout=subprocess.DEVNULL)
-
     def exact(self) -> list[tuple[int, dict[str, str], str | None]]:
         """Iteration, losses and grad norm as hexadecimal floats; a repeated iteration is there each time."""
         return [(e["iteration"], e["losses_hex"], e["grad_norm_hex"]) for e in self.events("iteration")]

@@ -23,10 +23,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,6 +37,7 @@ from deadpool_bench.harness import forking
 from deadpool_bench.harness.forking import MAX_REQUEST, Forked, ForkRequest
 from deadpool_bench.paths import importing
 from deadpool_megatron.cluster import notices
+from deadpool_megatron.emulation import environment as emulated
 from deadpool_megatron.jobs.descendants import VARIABLE, WORD_LENGTH
 
 _PR_SET_PDEATHSIG = 1
@@ -76,6 +78,19 @@ class ForkServer:
         """End it and all workers that it has started."""
         self.process.kill()
         self.process.wait()
+
+
+@contextlib.contextmanager
+def forked(script: Path) -> Iterator[None]:
+    """All jobs that this process starts meanwhile, emulated ones that run ``script``, come out of a fork server."""
+    with tempfile.TemporaryDirectory(prefix="deadpool-fork-") as directory:
+        server = ForkServer(Path(directory) / "socket", os.environ | emulated(), script)
+        os.environ[forking.FORK_SERVER] = str(server.address)
+        try:
+            yield
+        finally:
+            del os.environ[forking.FORK_SERVER]
+            server.end()
 
 
 class _EnvironmentWord:

@@ -80,6 +80,10 @@ class Job(job.Job):
 
     # ---- what can be done
 
+    def join(self) -> subprocess.Popen[bytes]:
+        """A node joins the job as a spare, in the background: its command, which ends with the node."""
+        return self.start(["join", "--run-dir", str(self.run_dir)], self._environment, stdout=subprocess.DEVNULL)
+
     def kill_node(self, *nodes: int) -> float:
         """SIGKILL for the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""
         return self.signal_nodes(signal.SIGKILL, *nodes)

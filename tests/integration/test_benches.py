@@ -101,6 +101,18 @@ def test_without_a_peers_copy_a_loss_goes_back_to_the_disk_and_without_keeping_a
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_both_widths_of_a_job_that_shrinks_and_grows_are_measured_in_turn(tmp_path: Path) -> None:
+    blocks = ["--cycles", "2", "--block", "3", "--warmup", "1", "--cores", "0:0"]
+    said = _run("widths", *blocks, "--forked", *ONE, out=tmp_path / "out.json")
+    assert said["widths"] == [2, 1, 2, 1]
+    assert [len(block) for name in ("full", "narrow") for block in said[name]] == [3] * 4  # type: ignore[attr-defined]
+    assert said["ratio"]["ideal"] == 2 and said["ratio"]["low"] <= said["ratio"]["high"]  # type: ignore[index]
+    changes = said["changes"]
+    assert [(c["event"], c["width"]) for c in changes] == [("shrunk", 1), ("grown", 2), ("shrunk", 1)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
 def test_an_interrupted_bench_leaves_no_process(tmp_path: Path) -> None:
     bench = subprocess.Popen(
         [*BENCH, "scale", "--by", "ranks", "--points", "2", *ONE, *SCRIPT],
