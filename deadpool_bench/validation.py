@@ -1,155 +1,235 @@
 """`deadpool bench model`: is the simulation right? Real jobs with failures seconds apart instead of days.
 
 Several real jobs are disturbed at random times. Each is then predicted by `goodput.simulate` from its own failure times
-and its own pace, with the recovery time taken from the *other* jobs, so that nothing predicts itself.
+and its own pace, with what a recovery, a shrink and a growth cost taken from the *other* jobs, so that nothing predicts
+itself. With ``--strategy shrink`` each lost node comes back after a while, and a job without a spare goes on with fewer
+replicas until then; what they cost is taken likewise, the moments at which nodes are back are the job's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deadpool_bench.harness.jobs import Job
+from deadpool_bench.kills import launch_options
 from deadpool_bench.progress import progress, say, step
+from deadpool_bench.widths import add_forked, from_forks, shrinking
 from deadpool_megatron.jobs.job import JobError
-from deadpool_megatron.simulate.goodput import Cluster, Costs, simulate
+from deadpool_megatron.simulate.goodput import Cluster, Costs, Strategy, simulate
 
 _START_S = 600.0
 _RECOVER_S = 120.0
 _TOLERATED = 0.10
+_NAMES = ("recovery", "shrink", "growth")
+Event = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Disturbed:
     """One real job. ``faults`` are seconds from the end of its first iteration, where ``wall_s`` begins, too.
 
-    ``kept`` counts iterations that were done once and for all in that time, ``pace_s`` is their mean length where
-    nothing disturbed them, ``recoveries_s`` the time from each fault to the end of the first iteration after it, less
-    the pace.
+    ``kept`` counts iterations that were done once and for all in that time. ``costs_s`` has by name what each event
+    cost: ``recovery`` and ``shrink`` the time from a fault to the end of the first iteration after it, ``growth`` that
+    from the last iteration before that counts; less the pace, which is the mean length of undisturbed iterations at
+    that width. ``repairs_s``: from each fault, until the lost node was a spare.
     """
 
+    cluster: Cluster
     faults: list[float]
     wall_s: float
     kept: int
-    pace_s: float
-    recoveries_s: list[float]
+    costs_s: dict[str, list[float]]
+    repairs_s: list[float] = field(default_factory=list)
 
     @property
     def goodput(self) -> float:
         """The measured one: time of the iterations that count over the time that passed."""
-        return self.kept * self.pace_s / self.wall_s
+        return self.kept * self.cluster.iteration_s / self.wall_s
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deadpool bench model`."""
     add = parser.add_argument
+    text = "without a spare: as many spares as faults, or fewer replicas (default: deadpool)"
+    add("--strategy", choices=("deadpool", "shrink"), default="deadpool", help=text)
     add("--jobs", type=int, default=2, metavar="J", help="real jobs (default: 2)")
-    add("--faults", type=int, default=5, metavar="F", help="killed nodes a job, as many spares (default: 5)")
+    add("--faults", type=int, default=5, metavar="F", help="killed nodes a job (default: 5)")
     add("--gap", type=float, default=4.0, metavar="S", help="mean seconds between faults (default: 4)")
+    add("--spares", type=int, default=0, metavar="S", help="spares at first, with shrink (default: 0)")
+    add("--repair", type=float, default=5.0, metavar="S", help="seconds until a node joins, with shrink (default: 5)")
     add("--active-nodes", type=int, default=2, metavar="N", help="nodes that train (default: 2)")
     add("--nproc-per-node", type=int, default=1, metavar="P", help="workers a node (default: 1)")
     add("--seed", type=int, default=0, help="of moments and victims (default: 0)")
-    add("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU")
+    add_forked(parser)
     add("--out", metavar="FILE", help="write all figures as JSON")
     add("script", help="training script")
     add("arguments", nargs=argparse.REMAINDER, help="its arguments, without --deadpool")
 
 
 def _disturb(options: argparse.Namespace, run_dir: Path, rng: random.Random) -> Disturbed:
-    launch = ["--local-nodes", str(options.active_nodes + options.faults), "--spare-nodes", str(options.faults)]
-    launch += ["--nproc-per-node", str(options.nproc_per_node), *(["--emulate-cpu"] if options.emulate_cpu else [])]
+    shrinks = options.strategy == "shrink"
+    spares = options.spares if shrinks else options.faults
+    script = [options.script, *options.arguments, *(shrinking(run_dir) if shrinks else ["--deadpool"])]
     moments: list[float] = []
-    with Job(run_dir, launch, [options.script, *options.arguments, "--deadpool"]) as job:
-        job.until("first iteration", partial(job.events, "iteration"), _START_S)
-        job.until("warm spares", lambda: len(job.events("parked")) == options.faults, _START_S)
-        start = job.events("iteration")[-1]["t"]
+    joins: list[float] = []  # when lost nodes are to join
+    with Job(run_dir, launch_options(options, spares), script) as job:
+
+        def until(what: str, find: Callable[[], Any], deadline_s: float = _RECOVER_S) -> Any:
+            def found() -> Any:
+                while joins and joins[0] <= time.time():
+                    joins.pop(0)
+                    job.join()
+                return find()
+
+            return job.until(what, found, deadline_s)
+
+        def iterations() -> list[Event]:
+            return job.events("iteration")
+
+        until("first iteration", iterations, _START_S)
+        until("warm spares", lambda: len(job.events("parked")) == spares, _START_S)
+        begun = iterations()[-1]
         for _ in range(options.faults):
             due = time.time() + rng.expovariate(1.0 / options.gap)
-            # At least one iteration between two faults: else the second belongs to the recovery of the first.
-            job.until("iteration", partial(_more, job, len(job.events("iteration"))), _RECOVER_S)
-            time.sleep(max(0.0, due - time.time()))
-            status = job.status()
-            victim = rng.choice([n["node"] for n in status["nodes"] if n["role"] == "active"])
-            epoch = status["epoch"]
-            moments.append(job.kill_node(victim))
-            back = partial(_after, job, epoch)
-            job.until("iteration after the fault", back, _RECOVER_S)
+            nodes, epoch = until("the next fault", partial(_victims, job, due, len(iterations())), _START_S)
+            moments.append(job.kill_node(rng.choice(nodes)))
+            if shrinks:
+                joins.append(moments[-1] + options.repair)
+            until("iteration after the fault", partial(_after, job, epoch))
             step()
-        job.until("five more iterations", partial(_more, job, len(job.events("iteration")) + 4), _RECOVER_S)
-        iterations = job.events("iteration")
-    return _account(iterations, moments, start)
+        if shrinks:
+            until("all nodes", lambda: len(_returns(job.events())) == options.faults, _START_S)
+            until("all replicas", lambda: iterations()[-1]["replicas"] == begun["replicas"])
+        done = len(iterations())
+        until("five more iterations", lambda: len(iterations()) >= done + 5)
+        events = job.events()
+    repairs = [back - fault for back, fault in zip(_returns(events), moments, strict=False)]
+    return _account(events, moments, begun["t"], options.active_nodes, spares, repairs)
 
 
-def _more(job: Job, count: int) -> bool:
-    return len(job.events("iteration")) > count
+def _victims(job: Job, due: float, done: int) -> tuple[list[int], int] | None:
+    """Nodes of which one may be lost, and the epoch; None before ``due``, and while only one node trains.
+
+    At least one iteration, beyond those ``done``, is between two faults, and between a growth and a fault: else the
+    second belongs to the recovery of the first.
+    """
+    if time.time() < due:
+        return None
+    status, iterations = job.status(), job.events("iteration")
+    active = [n["node"] for n in status["nodes"] if n["role"] == "active"]
+    steady = len(iterations) > done and iterations[-1]["epoch"] == status["epoch"]
+    return (active, status["epoch"]) if steady and len(active) > 1 else None
 
 
-def _after(job: Job, epoch: int) -> list[dict[str, Any]]:
-    return [e for e in job.events("iteration") if e["epoch"] > epoch]
+def _after(job: Job, epoch: int) -> bool:
+    return bool(job.events("iteration")[-1]["epoch"] > epoch)
 
 
-def _account(iterations: list[dict[str, Any]], moments: list[float], start: float) -> Disturbed:
-    """From the reports of iterations and the moments of the faults to what the job did."""
+def _returns(events: Sequence[Event]) -> list[float]:
+    """Unix seconds at which nodes that have joined were parked the first time, in the order in which they joined."""
+    joined = [e["node"] for e in events if e["event"] == "joined"]
+    parked = {e["node"]: e["t"] for e in reversed(events) if e["event"] == "parked"}
+    return [parked[node] for node in joined if node in parked]
+
+
+def _account(
+    events: Sequence[Event], moments: list[float], start: float, nodes: int, spares: int, repairs_s: list[float]
+) -> Disturbed:
+    """From the events of a job and the moments of the faults, Unix seconds, to what the job did."""
+    iterations = [e for e in events if e["event"] == "iteration"]
     inside = [e for e in iterations if e["t"] > start]
     first_of = {e["epoch"]: e for e in reversed(inside)}  # the first report of each epoch
-    calm = [e["seconds"] for e in inside if first_of[e["epoch"]] is not e or e["epoch"] == iterations[0]["epoch"]]
-    pace = statistics.mean(calm)
-    recoveries = []
-    for moment in moments:
-        first = next(e for e in inside if e["t"] > moment and first_of[e["epoch"]] is e)
-        recoveries.append(first["t"] - moment - pace)
-    wall = inside[-1]["t"] - start
-    kept = len({e["iteration"] for e in inside})
-    return Disturbed([m - start for m in moments], wall, kept, pace, recoveries)
+    calm: dict[int, list[float]] = {}
+    for e in inside:
+        if first_of[e["epoch"]] is not e or e["epoch"] == iterations[0]["epoch"]:
+            calm.setdefault(e["replicas"], []).append(e["seconds"])
+    widest = iterations[0]["replicas"]
+    paces = {width: widest / width * statistics.mean(calm[widest]) for width in range(1, widest + 1)}
+    paces |= {width: statistics.mean(seconds) for width, seconds in calm.items()}
+    costs: dict[str, list[float]] = {name: [] for name in _NAMES}
+    for before, e in itertools.pairwise(iterations):
+        if e not in inside or first_of[e["epoch"]] is not e or e["epoch"] == before["epoch"]:
+            continue
+        faults = [moment for moment in moments if before["t"] <= moment < e["t"]]
+        resized = [each["event"] for each in events if before["t"] <= each["t"] < e["t"] and "width" in each]
+        if faults and "grown" not in resized:
+            costs["shrink" if resized else "recovery"].append(e["t"] - faults[-1] - paces[e["replicas"]])
+        elif resized and not faults:
+            kept = [each["t"] for each in iterations if each["t"] < e["t"] and each["iteration"] < e["iteration"]]
+            costs["growth"].append(e["t"] - kept[-1] - paces[e["replicas"]])
+    cluster = Cluster(nodes, spares, paces[widest], 1e9, nodes // widest or 1)
+    kept_count = len({e["iteration"] for e in inside})
+    return Disturbed(cluster, [m - start for m in moments], inside[-1]["t"] - start, kept_count, costs, repairs_s)
 
 
-def predicted(job: Disturbed, recovery_s: float) -> float:
+def predicted(job: Disturbed, costs: Costs, strategy: Strategy = "deadpool") -> float:
     """What the model says of a job's goodput, from its failure times and pace."""
-    gaps = [b - a for a, b in zip([0.0, *job.faults], job.faults, strict=False)]
-    cluster = Cluster(nodes=2, spares=len(job.faults), iteration_s=job.pace_s, repair_s=1e9)
-    outcome = simulate("deadpool", cluster, Costs(recovery_s=recovery_s), iter(gaps), job.wall_s)
+    gaps = [b - a for a, b in itertools.pairwise([0.0, *job.faults])]
+    repairs = itertools.chain(job.repairs_s, itertools.repeat(job.cluster.repair_s))
+    outcome = simulate(strategy, job.cluster, costs, iter(gaps), job.wall_s, repairs)
     return outcome.useful_s / outcome.wall_s  # the spares are not what is compared here
+
+
+def _costs(job: Disturbed, others: Sequence[Disturbed]) -> Costs:
+    """Of the others. Raises ValueError when they have none of what the job had."""
+    means = dict.fromkeys(_NAMES, 0.0)
+    for name, mine in job.costs_s.items():
+        theirs = [s for other in others for s in other.costs_s[name]]
+        if mine and not theirs:
+            raise ValueError(f"there was a {name} in one job and none in the others to predict it with: more --faults")
+        means[name] = statistics.mean(theirs) if theirs else 0.0
+    return Costs(recovery_s=means["recovery"], shrink_s=means["shrink"], growth_s=means["growth"])
 
 
 def run_model(options: argparse.Namespace) -> int:
     """Measure, predict, compare; returns 0 when every prediction is within 10 % of its measurement."""
     rng = random.Random(options.seed)
     base = Path(tempfile.mkdtemp(prefix="deadpool-bench-"))
-    if options.jobs < 2:
-        say("deadpool: --jobs must be 2 or more: each is predicted from the others")
-        return 2
     jobs: list[Disturbed] = []
+    rows = []
     try:
-        with progress("kills", options.jobs * options.faults):
+        if options.jobs < 2:
+            raise ValueError("--jobs must be 2 or more: each is predicted from the others")
+        with from_forks(options), progress("kills", options.jobs * options.faults):
             for number in range(options.jobs):
                 jobs.append(_disturb(options, base / f"job-{number}", rng))
                 say(f"job {number + 1}: {len(jobs[-1].faults)} faults in {jobs[-1].wall_s:.1f} s")
+    except ValueError as err:
+        say(f"deadpool: {err}")
+        return 2
     except JobError as err:
         say(f"deadpool: {err}")
         return 1
-    rows = []
-    header = ("job", 4), ("faults", 7), ("wall s", 8), ("pace s", 7), ("recovery s", 11), ("measured", 9)
-    print(" ".join(f"{name:>{width}}" for name, width in (*header, ("model", 8), ("error", 7))))
+    header = ("job", 4), ("faults", 7), ("wall s", 8), ("pace s", 7), *((f"{name} s", 11) for name in _NAMES)
+    print(" ".join(f"{name:>{width}}" for name, width in (*header, ("measured", 9), ("model", 8), ("error", 7))))
     worst = 0.0
     for number, job in enumerate(jobs):
-        others = [s for other in jobs if other is not job for s in other.recoveries_s]
-        model = predicted(job, statistics.mean(others))
+        try:
+            model = predicted(job, _costs(job, [other for other in jobs if other is not job]), options.strategy)
+        except ValueError as err:
+            say(f"deadpool: job {number + 1}: {err}")
+            return 1
         error = model / job.goodput - 1.0
         worst = max(worst, abs(error))
         rows.append({"job": asdict(job), "measured": job.goodput, "model": model, "error": error})
+        means = (f"{statistics.mean(s):>7.3f} ({len(s)})" if s else f"{'-':>11}" for s in job.costs_s.values())
         print(
-            f"{number + 1:>4} {len(job.faults):>7} {job.wall_s:>8.1f} {job.pace_s:>7.3f} "
-            f"{statistics.mean(job.recoveries_s):>11.3f} {job.goodput:>9.1%} {model:>8.1%} {error:>+7.1%}"
+            f"{number + 1:>4} {len(job.faults):>7} {job.wall_s:>8.1f} {job.cluster.iteration_s:>7.3f} "
+            f"{' '.join(means)} {job.goodput:>9.1%} {model:>8.1%} {error:>+7.1%}"
         )
     print(f"{sum(len(j.faults) for j in jobs)} faults; the model is within {worst:.1%} of every job")
     if options.out:
-        Path(options.out).write_text(json.dumps({"seed": options.seed, "jobs": rows}, indent=1) + "\n")
+        found = {"strategy": options.strategy, "seed": options.seed, "jobs": rows}
+        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
     return int(worst > _TOLERATED)

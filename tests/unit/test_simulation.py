@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deadpool_bench.validation import Disturbed, _account, predicted
+from deadpool_bench.validation import Disturbed, _account, _costs, predicted
 from deadpool_megatron import cli
 from deadpool_megatron.simulate.command import _INPUTS, _measured, read_trace
 from deadpool_megatron.simulate.goodput import Cluster, Costs, best_interval, poisson, simulate
@@ -190,17 +190,40 @@ def test_a_bad_input_is_one_clear_line(options: list[str], says: str, capsys: py
     assert err.count("\n") == 1 and says in err
 
 
-def _reports() -> tuple[list[dict[str, Any]], float]:
-    """Iterations of one second; a fault at 5.7 (in iteration 5), back with iteration 5 complete at 9.0."""
-    done = [{"epoch": 0, "iteration": i, "t": 1.0 + i, "seconds": 1.0} for i in range(5)]
-    later = [{"epoch": 1, "iteration": 5 + i, "t": 9.0 + i, "seconds": 3.0 if i == 0 else 1.0} for i in range(4)]
-    return [*done, *later], 5.7
+def _iterations(epoch: int, first: int, ends: list[float], seconds: float, replicas: int) -> list[dict[str, Any]]:
+    return [
+        {"event": "iteration", "epoch": epoch, "iteration": first + i, "t": t, "seconds": seconds, "replicas": replicas}
+        for i, t in enumerate(ends)
+    ]
 
 
 def test_a_disturbed_job_is_accounted_for_and_predicted_by_the_model() -> None:
-    reports, moment = _reports()
-    job = _account(reports, [moment], 1.0)
-    assert job == Disturbed([pytest.approx(4.7)], 11.0, 8, 1.0, [pytest.approx(2.3)])  # type: ignore[list-item]
+    """Iterations of one second; a fault at 5.7 (in iteration 5), back with iteration 5 complete at 9.0."""
+    back = _iterations(1, 5, [9.0, 10.0, 11.0, 12.0], 1.0, 2)
+    back[0]["seconds"] = 3.0
+    job = _account([*_iterations(0, 0, [1.0, 2.0, 3.0, 4.0, 5.0], 1.0, 2), *back], [5.7], 1.0, 2, 1, [])
+    costs = {"recovery": [pytest.approx(2.3)], "shrink": [], "growth": []}
+    assert job == Disturbed(Cluster(2, 1, 1.0, 1e9, 1), [pytest.approx(4.7)], 11.0, 8, costs)  # type: ignore[list-item,arg-type]
     assert job.goodput == pytest.approx(8 / 11)
-    assert predicted(job, 2.3) == pytest.approx(8 / 11, rel=0.01)
-    assert predicted(job, 6.0) < 0.9 * job.goodput, "a wrong recovery time shows"
+    assert predicted(job, Costs(recovery_s=2.3)) == pytest.approx(8 / 11, rel=0.01)
+    assert predicted(job, Costs(recovery_s=6.0)) < 0.9 * job.goodput, "a wrong recovery time shows"
+
+
+def test_a_job_that_shrinks_and_grows_back_is_accounted_for_and_predicted_by_the_model() -> None:
+    """A fault at 5.7 and iteration 5 complete at 9.0, of two seconds from then on; a node is there at 14.0, and the job
+    goes on from iteration 8 again, complete at 18.0."""
+    events = [
+        *_iterations(0, 0, [1.0, 2.0, 3.0, 4.0, 5.0], 1.0, 2),
+        {"event": "shrunk", "epoch": 2, "t": 6.5, "width": 1, "was": 2},
+        *_iterations(2, 5, [9.0, 11.0, 13.0, 15.0], 2.0, 1),
+        {"event": "grown", "epoch": 3, "t": 15.5, "width": 2, "was": 1},
+        *_iterations(3, 8, [18.0, 19.0, 20.0], 1.0, 2),
+    ]
+    job = _account(events, [5.7], 1.0, 2, 0, [8.3])
+    costs = {"recovery": [], "shrink": [pytest.approx(1.3)], "growth": [pytest.approx(4.0)]}
+    assert job.costs_s == costs and job.kept == 10 and job.wall_s == 19.0
+    assert predicted(job, Costs(shrink_s=1.3, growth_s=4.0), "shrink") == pytest.approx(10 / 19, abs=0.03)
+    other = Disturbed(job.cluster, [], 1.0, 1, {"recovery": [1.0], "shrink": [2.0, 4.0], "growth": [5.0]})
+    assert _costs(job, [other]) == Costs(recovery_s=1.0, shrink_s=3.0, growth_s=5.0)
+    with pytest.raises(ValueError, match="a recovery in one job and none in the others"):
+        _costs(other, [job])
