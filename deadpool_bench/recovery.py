@@ -4,7 +4,8 @@ A disturbance is the time from the kill to the end of the first iteration comple
 one iteration. The baseline is the same job without DeadPool: the same kill, then the same command again with
 ``--load``, synchronous and asynchronous saving at several intervals, each with a warm standby (`bench.restarts`).
 The best interval for ``--mtbf`` is chosen. ``--torchft`` kills replicas of the same model under torchft as well
-(`bench.baselines.torchft_kills`). All of them alternate, so that they see the same machine.
+(`bench.baselines.torchft_kills`). ``--shrinks`` kills nodes without a spare, and has nodes join afterwards, of torchft
+likewise. All of them alternate, so that they see the same machine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deadpool_bench.baselines.torchft_kills import SETTINGS, Outage, check_torchft, outage, show_outages
+from deadpool_bench.baselines.torchft_kills import (
+    SETTINGS,
+    Outage,
+    check_torchft,
+    outage,
+    regrouping,
+    show_outages,
+)
+from deadpool_bench.changes import Change, show_changes, shrink_and_growth
 from deadpool_bench.kills import Recovery, medians, recoveries, spread
 from deadpool_bench.progress import progress, say, step
 from deadpool_bench.restarts import Restart, choose_interval, restart
@@ -34,6 +43,8 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     add("--intervals", default="2,5,20", metavar="LIST", help="iterations between checkpoints (default: 2,5,20)")
     add("--cold-restarts", type=int, default=1, metavar="R", help="restarts without a warm standby (default: 1)")
     add("--torchft", type=int, default=0, metavar="K", help="kills under torchft, of each settings (default: 0)")
+    text = "losses without a spare, each with a node that comes later, of torchft too (default: 0)"
+    add("--shrinks", type=int, default=0, metavar="K", help=text)
     add("--mtbf", type=float, default=4.0, metavar="H", help="hours between failures, to choose the best (default: 4)")
     add("--active-nodes", type=int, default=4, metavar="N", help="nodes that train (default: 4)")
     add("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
@@ -70,6 +81,7 @@ def run_recovery(options: argparse.Namespace) -> int:
     kills: list[Recovery] = []
     found: list[Restart] = []
     others: list[Outage] = []
+    resized: dict[str, list[Change]] = {}
     failed = ""
     try:
         plan = _plan(options)
@@ -77,8 +89,9 @@ def run_recovery(options: argparse.Namespace) -> int:
     except ValueError as err:
         say(f"deadpool: {err}")
         return 2
-    rounds = max(1, len(plan), options.torchft)
-    steps = options.kills + len(plan) + options.torchft * len(SETTINGS)
+    rounds = max(1, len(plan), options.torchft, options.shrinks)
+    theirs = SETTINGS if options.torchft else ()
+    steps = options.kills + len(plan) + options.torchft * len(SETTINGS) + options.shrinks * (1 + len(theirs))
     try:
         with progress("kills and restarts", steps):
             for turn in range(rounds):
@@ -87,8 +100,14 @@ def run_recovery(options: argparse.Namespace) -> int:
                 kills += recoveries(options, base, f"deadpool-{turn}", share, workers=options.workers)
                 if turn < options.torchft:
                     for settings in SETTINGS:
-                        name = "-".join(["torchft", *settings.name.replace(",", "").split(), str(turn)])
-                        others.append(outage(options, base, name, settings))
+                        others.append(outage(options, base, settings.directory("torchft", turn), settings))
+                        step()
+                if turn < options.shrinks:
+                    resized.setdefault("DeadPool", []).extend(shrink_and_growth(options, base, f"shrink-{turn}"))
+                    step()
+                    for settings in theirs:
+                        found_theirs = regrouping(options, base, settings.directory("regrouping", turn), settings)
+                        resized.setdefault(f"torchft, {settings.name}", []).extend(found_theirs)
                         step()
                 if turn < len(plan):
                     found.append(restart(options, base, *plan[turn]))  # type: ignore[arg-type]
@@ -102,9 +121,14 @@ def run_recovery(options: argparse.Namespace) -> int:
     if others:
         show_outages(others)
         _show_ratios(others, kills)
+    if resized:
+        show_changes(resized)
     if options.out:
         measured: dict[str, Any] = {"kills": kills, "restarts": found, "torchft": others}
-        content = {name: [asdict(each) for each in rows] for name, rows in measured.items()} | {"seed": options.seed}
+        content: dict[str, Any] = {name: [asdict(each) for each in rows] for name, rows in measured.items()}
+        content |= {"seed": options.seed}
+        if resized:
+            content["shrinks"] = {name: [asdict(each) for each in rows] for name, rows in resized.items()}
         Path(options.out).write_text(json.dumps(content, indent=1) + "\n")
     if failed:
         say(f"deadpool: {failed}")

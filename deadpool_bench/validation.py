@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -21,10 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deadpool_bench.changes import shrinking
 from deadpool_bench.harness.jobs import Job
 from deadpool_bench.kills import launch_options
 from deadpool_bench.progress import progress, say, step
-from deadpool_bench.widths import add_forked, from_forks, shrinking
+from deadpool_bench.widths import add_forked, from_forks
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.simulate.goodput import Cluster, Costs, Strategy, simulate
 
@@ -104,17 +106,17 @@ def _disturb(options: argparse.Namespace, run_dir: Path, rng: random.Random) -> 
             due = time.time() + rng.expovariate(1.0 / options.gap)
             nodes, epoch = until("the next fault", partial(_victims, job, due, len(iterations())), _START_S)
             moments.append(job.kill_node(rng.choice(nodes)))
-            if shrinks:
-                joins.append(moments[-1] + options.repair)
             until("iteration after the fault", partial(_after, job, epoch))
+            if shrinks:
+                joins.append(time.time() + options.repair)
             step()
         if shrinks:
-            until("all nodes", lambda: len(_returns(job.events())) == options.faults, _START_S)
+            until("all nodes", lambda: len(_returns(job.events(), begun["t"])) == options.faults, _START_S)
             until("all replicas", lambda: iterations()[-1]["replicas"] == begun["replicas"])
         done = len(iterations())
         until("five more iterations", lambda: len(iterations()) >= done + 5)
         events = job.events()
-    repairs = [back - fault for back, fault in zip(_returns(events), moments, strict=False)]
+    repairs = [back - fault for back, fault in zip(_returns(events, begun["t"]), moments, strict=False)]
     return _account(events, moments, begun["t"], options.active_nodes, spares, repairs)
 
 
@@ -136,11 +138,14 @@ def _after(job: Job, epoch: int) -> bool:
     return bool(job.events("iteration")[-1]["epoch"] > epoch)
 
 
-def _returns(events: Sequence[Event]) -> list[float]:
-    """Unix seconds at which nodes that have joined were parked the first time, in the order in which they joined."""
-    joined = [e["node"] for e in events if e["event"] == "joined"]
-    parked = {e["node"]: e["t"] for e in reversed(events) if e["event"] == "parked"}
-    return [parked[node] for node in joined if node in parked]
+def _returns(events: Sequence[Event], start: float) -> list[float]:
+    """Unix seconds at which nodes that joined after ``start`` were parked first, in the order in which they joined.
+
+    One that took a lost node's place before it was parked was back when it joined.
+    """
+    parked: dict[int, float] = {e["node"]: e["t"] for e in reversed(events) if e["event"] == "parked"}
+    joined = [e for e in events if e["event"] == "joined" and e["t"] > start]
+    return [parked[e["node"]] if e["node"] in parked else e["t"] for e in joined]
 
 
 def _account(
@@ -215,20 +220,23 @@ def run_model(options: argparse.Namespace) -> int:
     print(" ".join(f"{name:>{width}}" for name, width in (*header, ("measured", 9), ("model", 8), ("error", 7))))
     worst = 0.0
     for number, job in enumerate(jobs):
+        rows.append({"job": asdict(job), "measured": job.goodput})
         try:
             model = predicted(job, _costs(job, [other for other in jobs if other is not job]), options.strategy)
-        except ValueError as err:
+        except ValueError as err:  # the other rows still count
             say(f"deadpool: job {number + 1}: {err}")
-            return 1
+            worst = math.inf
+            continue
         error = model / job.goodput - 1.0
         worst = max(worst, abs(error))
-        rows.append({"job": asdict(job), "measured": job.goodput, "model": model, "error": error})
+        rows[-1] |= {"model": model, "error": error}
         means = (f"{statistics.mean(s):>7.3f} ({len(s)})" if s else f"{'-':>11}" for s in job.costs_s.values())
         print(
             f"{number + 1:>4} {len(job.faults):>7} {job.wall_s:>8.1f} {job.cluster.iteration_s:>7.3f} "
             f"{' '.join(means)} {job.goodput:>9.1%} {model:>8.1%} {error:>+7.1%}"
         )
-    print(f"{sum(len(j.faults) for j in jobs)} faults; the model is within {worst:.1%} of every job")
+    if worst < math.inf:
+        print(f"{sum(len(j.faults) for j in jobs)} faults; the model is within {worst:.1%} of every job")
     if options.out:
         found = {"strategy": options.strategy, "seed": options.seed, "jobs": rows}
         Path(options.out).write_text(json.dumps(found, indent=1) + "\n")

@@ -15,43 +15,20 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 import psutil
 
+from deadpool_bench.changes import changes, lose, show_changes, shrinking
 from deadpool_bench.harness.fork_server import forked
 from deadpool_bench.harness.jobs import Job
-from deadpool_bench.kills import START_S, launch_options, spread
+from deadpool_bench.kills import START_S, launch_options
 from deadpool_bench.progress import progress, say, step
 from deadpool_bench.ratio import compare
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.vault import parse_cpus
-
-_DURABLE_INTERVAL: Final = 100_000  # generations: only a change of width makes one durable
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The job went on with fewer replicas, or with more. Times are seconds.
-
-    ``first_iteration_s``: to the end of the first iteration at the new width; of a shrink from the kill, of a growth
-    from the end of the last iteration before. ``iteration_s`` is the median at the new width, ``lost_iterations`` are
-    completed ones that had to be done again.
-    """
-
-    event: Literal["shrunk", "grown"]
-    width: int
-    was: int
-    first_iteration_s: float
-    iteration_s: float
-    lost_iterations: int
-
-    @property
-    def disturbance_s(self) -> float:
-        """For so long training stood still, the normal time of the first iteration left out."""
-        return self.first_iteration_s - self.iteration_s
 
 
 def add_widths_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,42 +59,6 @@ def from_forks(options: argparse.Namespace) -> Any:
     if options.forked and not options.emulate_cpu:
         raise ValueError("--forked: only with --emulate-cpu")
     return forked(Path(options.script)) if options.forked else nullcontext()
-
-
-def shrinking(run_dir: Path) -> list[str]:
-    """Flags of a script whose job goes on with fewer replicas; what is durable lies beside its run directory."""
-    durable = ["--deadpool-durable-dir", f"{run_dir}-durable", "--deadpool-durable-interval", str(_DURABLE_INTERVAL)]
-    return ["--deadpool", "--deadpool-when-out-of-spares", "shrink", *durable]
-
-
-def changes(events: Sequence[dict[str, Any]], kills: Sequence[float]) -> list[Change]:
-    """All changes of width whose first iteration is there, oldest first; ``kills`` are their Unix seconds."""
-    out = []
-    for event in (e for e in events if e["event"] in ("shrunk", "grown")):
-        iterations = [e for e in events if e["event"] == "iteration"]
-        before = [e for e in iterations if e["epoch"] < event["epoch"] and e["t"] <= event["t"]]
-        after = [e for e in iterations if e["epoch"] == event["epoch"]]
-        if not before or not after:
-            continue  # lost once more in its start
-        grown = event["event"] == "grown"
-        moment = before[-1]["t"] if grown else max(t for t in kills if t <= event["t"])
-        usual = statistics.median(e["seconds"] for e in after[1:] or after)
-        again = max(0, before[-1]["iteration"] + 1 - after[0]["iteration"])
-        out.append(Change(event["event"], event["width"], event["was"], after[0]["t"] - moment, usual, again))
-    return out
-
-
-def show_changes(found: Sequence[Change]) -> None:
-    """Print what shrinks and growths cost."""
-    names = {"shrunk": "kill to the first iteration with fewer replicas", "grown": "standstill of a growth"}
-    for event, name in names.items():
-        rows = [c for c in found if c.event == event]
-        if rows:
-            seconds = [c.first_iteration_s if event == "shrunk" else c.disturbance_s for c in rows]
-            print(f"{name} (s): {spread(seconds)}")
-            print(f"  one iteration (s): {spread([c.iteration_s for c in rows])}")
-            again = statistics.mean(c.lost_iterations for c in rows)
-            print(f"  completed iterations done again: mean {again:.2f}, most {max(c.lost_iterations for c in rows)}")
 
 
 class _Blocks:
@@ -203,7 +144,8 @@ def run_widths(options: argparse.Namespace) -> int:
             f"{result.median_ratio:.3f}), ideal {ideal:.3f}: {result.ratio / ideal - 1:+.1%} "
             f"({result.low / ideal - 1:+.1%} to {result.high / ideal - 1:+.1%})"
         )
-    show_changes(found["changes"])
+    if found["changes"]:
+        show_changes({"DeadPool": found["changes"]})
     if options.out:
         found["changes"] = [asdict(each) for each in found["changes"]]
         conditions = {"cores": options.cores, "cpus": os.cpu_count(), "load": os.getloadavg(), "seed": options.seed}
@@ -222,14 +164,10 @@ def _measure(options: argparse.Namespace, cores: Sequence[set[int]], found: dict
             for cycle in range(options.cycles):
                 for name in ("full", "narrow"):
                     if cycle or name == "narrow":
-                        job.join() if name == "full" else kills.append(_lose(job, rng))
+                        job.join() if name == "full" else kills.append(lose(job, rng))
                     found[name].append(blocks.next())
                     say(f"{blocks.width} replicas: mean {statistics.mean(found[name][-1]):.3f} s an iteration")
                     found.setdefault("widths", []).append(blocks.width)
                     step()
         finally:
             found["changes"] = changes(job.events(), kills)
-
-
-def _lose(job: Job, rng: random.Random) -> float:
-    return job.kill_node(rng.choice([n["node"] for n in job.status()["nodes"] if n["role"] == "active"]))

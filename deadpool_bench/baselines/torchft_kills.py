@@ -1,8 +1,8 @@
 """The baseline torchft: the same model in its replica groups, one of them killed at a random moment, and its way back.
 
 Each replica group is one process (`torchft_pretrain`), so only data parallelism is replaced. One lighthouse and
-one spare, all on this machine. Everything is measured from the rows that the replicas write, one for each attempt at an
-iteration.
+one spare, or none and a replica that comes later, all on this machine. Everything is measured from the rows that the
+replicas write, one for each attempt at an iteration.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, Self
 
 from deadpool_bench.baselines.torchft_pretrain import ROWS
+from deadpool_bench.changes import Change
 from deadpool_bench.kills import RECOVER_S, START_S
 from deadpool_bench.progress import say
 from deadpool_megatron.jobs.job import JobError
@@ -56,6 +57,10 @@ class Settings:
         each = ("join-timeout", self.join_timeout), ("quorum-tick", self.quorum_tick)
         named = [*each, ("heartbeat-timeout", self.heartbeat_timeout)]
         return [text for name, value in named for text in (f"--{name}", str(value))]
+
+    def directory(self, what: str, turn: int) -> str:
+        """Name of a job's directory."""
+        return "-".join([what, *self.name.replace(",", "").split(), str(turn)])
 
 
 # The defaults are those of the command torchft_lighthouse and of ProcessGroupGloo in 0.2.0. When a replica dies, one of
@@ -191,6 +196,31 @@ def _thrown_away(rows: Sequence[Row], size: int) -> int:
     return sum(most.values())
 
 
+def regroupings(rows: Sequence[Row], moment: float, victim: int) -> list[Change]:
+    """The loss of ``victim`` at ``moment`` (Unix seconds), which no spare made good, and the return of a replica.
+
+    In between there have to be some iterations without it, and some with all replicas at the end.
+    """
+    before = [row for row in rows if row["t"] <= moment and row["committed"]]
+    was = before[-1]["participants"]
+    later = [row for row in rows if row["quorum"] > moment and row["replica"] != victim]
+    narrow = _moments(row for row in later if row["replicas"] < was)
+    healing = _moments(row for row in later if row["replicas"] == was and row["participants"] < was)
+    wide = _moments(row for row in later if row["participants"] == was)
+    first, last, again = min(narrow.values()), max(narrow.values()), min(wide.values())
+    paces = [statistics.median(b - a for a, b in itertools.pairwise(each.values())) for each in (narrow, wide)]
+    lost = [
+        _thrown_away([row for row in rows if begin < row["t"] <= end and row["replica"] != victim], size)
+        for begin, end, size in ((moment, first, was), (last, again, was))
+    ]
+    # Iterations with those that were there count while a replica comes, and so does their time.
+    meanwhile = len([t for t in healing.values() if last < t < again]) * paces[0]
+    return [
+        Change("shrunk", was - 1, was, first - moment, paces[0], lost[0]),
+        Change("grown", was, was - 1, again - last - meanwhile, paces[1], lost[1]),
+    ]
+
+
 # ---- the job
 
 
@@ -203,19 +233,23 @@ class _Job:
         self._started: list[subprocess.Popen[bytes]] = []
         self.replicas: dict[int, subprocess.Popen[bytes]] = {}
         try:
-            least = ["--min-replicas", str(options.active_nodes), *settings.flags()]
+            least = ["--min-replicas", str(options.active_nodes if replicas > options.active_nodes else 1)]
+            least += settings.flags()
             lighthouse = self._start("lighthouse", [str(_HERE / "torchft_lighthouse.py"), *least])
             url = f"http://127.0.0.1:{self._port(lighthouse)}"
-            emulation = ["-m", "deadpool_megatron.emulation", str(_HERE / "torchft_pretrain.py")]
             common = ["--replicas", str(replicas), "--active", str(options.active_nodes), "--lighthouse", url]
             common += ["--gloo-timeout", str(settings.gloo_s), "--directory", str(directory)]
-            common += [options.script, *options.arguments]
+            self._common = [*common, options.script, *options.arguments]
             for number in range(replicas):
-                command = [*emulation, "--replica", str(number), *common]
-                self.replicas[number] = self._start(f"replica-{number}", command)
+                self.add(number)
         except BaseException:
             self.end()
             raise
+
+    def add(self, number: int) -> None:
+        """Start a replica."""
+        emulation = ["-m", "deadpool_megatron.emulation", str(_HERE / "torchft_pretrain.py")]
+        self.replicas[number] = self._start(f"replica-{number}", [*emulation, "--replica", str(number), *self._common])
 
     def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with open(self._directory / f"{name}.log", "wb") as log:
@@ -322,6 +356,30 @@ def outage(options: argparse.Namespace, base: Path, name: str, settings: Setting
         out: Outage = job.until("iteration after the kill", found, RECOVER_S)
     say(f"{name}: replica {victim}, disturbance {out.disturbance_s:.3f} s")
     return out
+
+
+def regrouping(options: argparse.Namespace, base: Path, name: str, settings: Settings) -> list[Change]:
+    """One job without a spare, which loses a random replica at a random moment of an iteration and gets one later.
+
+    Arguments and exceptions are those of `outage`.
+    """
+    rng = random.Random(f"{options.seed}-{name}")
+    with _Job(base / name, options, settings, options.active_nodes) as job:
+        rows = job.until("iterations of all replicas", partial(_steady, job, 4), START_S)
+        victim = rng.choice(sorted(job.replicas))
+        time.sleep(rng.uniform(0.0, usual_seconds(rows)))
+        moment = job.kill(victim)
+
+        def iterations(participants: int) -> bool:
+            after = [row for row in job.rows() if row["quorum"] > moment and row["replica"] != victim]
+            return len(_moments(row for row in after if row["participants"] == participants)) >= 4
+
+        job.until("iterations without it", partial(iterations, options.active_nodes - 1), RECOVER_S)
+        job.add(options.active_nodes)
+        job.until("iterations with another one", partial(iterations, options.active_nodes), RECOVER_S)
+        found = regroupings(job.rows(), moment, victim)
+    say(f"{name}: {', '.join(f'{each.event} {each.first_iteration_s:.3f} s' for each in found)}")
+    return found
 
 
 def show_outages(found: Sequence[Outage]) -> None:

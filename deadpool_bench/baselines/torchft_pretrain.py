@@ -5,6 +5,7 @@ data and optimizer and runs Megatron's own training loop, in a world of one proc
 optimizer's step torchft's `Manager` averages the gradients over the replicas and decides whether the step counts, as
 its `OptimizerWrapper` does. ``FIXED_WITH_SPARES``: the spare replicas are members of the quorum, receive all averaged
 gradients and step their optimizer, so that they are as warm as can be, but compute nothing until they are needed.
+Where all train at the start (``DYNAMIC``) as many go on as there are, and one that comes later gets the others' state.
 
 All replicas draw the same global batch, and each that takes part computes its part of it. A replica therefore waits for
 the quorum before its forward pass; what torchft could hide there is less than one iteration.
@@ -41,7 +42,7 @@ def replica_arguments(text: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("torchft_pretrain.py", allow_abbrev=False)
     parser.add_argument("--replica", type=int, required=True, help="number of this replica group")
     parser.add_argument("--replicas", type=int, required=True, help="replica groups at the start, spares included")
-    parser.add_argument("--active", type=int, required=True, help="replica groups that train")
+    parser.add_argument("--active", type=int, required=True, help="replica groups that train at the start")
     parser.add_argument("--lighthouse", required=True, metavar="URL", help="address of torchft's lighthouse")
     parser.add_argument("--gloo-timeout", type=int, required=True, metavar="S", help="seconds an operation may take")
     parser.add_argument("--directory", type=Path, required=True, help="where the rows go")
@@ -60,6 +61,7 @@ class Replica:
     def __init__(self, options: argparse.Namespace, megatron_step: Callable[..., Any]) -> None:
         self._options = options
         self._megatron_step = megatron_step
+        self._spares = options.replicas > options.active
         self._manager: Any = None
         self._group: Any = None
         self._drawn = 0
@@ -96,14 +98,15 @@ class Replica:
 
     def _attempts(self, forward_backward: Callable[..., Any], data: Iterator[Any], count: int, rest: Any) -> list[Any]:
         """One iteration until torchft commits it; what Megatron's schedule returned, nothing in a spare."""
-        manager, active = self._manager, self._options.active
-        if count % active:
-            raise ValueError(f"{count} microbatches cannot be divided among {active} replicas")
-        part = count // active
+        manager = self._manager
         while True:
             begun = time.time()
             manager.start_quorum()
             place = manager.participating_rank()
+            active = self._options.active if self._spares else manager.num_participants()
+            if count % active:
+                raise ValueError(f"{count} microbatches cannot be divided among {active} replicas")
+            part = count // active
             self._row = {
                 "begun": begun,
                 "quorum": time.time(),
@@ -155,8 +158,8 @@ class Replica:
             pg=self._group,
             load_state_dict=load,
             state_dict=state,
-            min_replica_size=options.active,
-            world_size_mode=WorldSizeMode.FIXED_WITH_SPARES,
+            min_replica_size=options.active if self._spares else 1,
+            world_size_mode=WorldSizeMode.FIXED_WITH_SPARES if self._spares else WorldSizeMode.DYNAMIC,
             rank=0,
             world_size=1,
             store_addr=_HOST,

@@ -82,7 +82,9 @@ class Job(job.Job):
 
     def join(self) -> subprocess.Popen[bytes]:
         """A node joins the job as a spare, in the background: its command, which ends with the node."""
-        return self.start(["join", "--run-dir", str(self.run_dir)], self._environment, stdout=subprocess.DEVNULL)
+        with open(self._out, "ab") as out:
+            command = ["join", "--run-dir", str(self.run_dir)]
+            return self.start(command, self._environment, stdout=out, stderr=subprocess.STDOUT)
 
     def kill_node(self, *nodes: int) -> float:
         """SIGKILL for the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""

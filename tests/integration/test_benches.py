@@ -102,6 +102,16 @@ def test_without_a_peers_copy_a_loss_goes_back_to_the_disk_and_without_keeping_a
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_a_loss_without_a_spare_and_the_growth_after_it_are_measured_in_the_run_of_the_kills(tmp_path: Path) -> None:
+    said = _run("recovery", "--kills", "0", "--shrinks", "1", "--modes", "", *ONE, out=tmp_path / "out.json")
+    shrunk, grown = said["shrinks"]["DeadPool"]  # type: ignore[index]
+    assert (shrunk["event"], shrunk["width"], grown["event"], grown["width"]) == ("shrunk", 1, "grown", 2)
+    for each in (shrunk, grown):
+        assert 0 < each["iteration_s"] < each["first_iteration_s"] and each["lost_iterations"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_both_widths_of_a_job_that_shrinks_and_grows_are_measured_in_turn(tmp_path: Path) -> None:
     blocks = ["--cycles", "2", "--block", "3", "--warmup", "1", "--cores", "0:0"]
     said = _run("widths", *blocks, "--forked", *ONE, out=tmp_path / "out.json")

@@ -31,12 +31,12 @@ def _norms(logs: Path, pattern: str) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("torchft") is None, reason="torchft (extra baselines) is not installed")
 def test_a_kill_under_torchft_is_measured_beside_ours_on_the_same_training(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = subprocess.run(
-        [*BENCH, "--kills", "1", "--torchft", "1", "--modes", "", *ONE, "--out", str(out), *SCRIPT],
+        [*BENCH, "--kills", "1", "--torchft", "1", "--shrinks", "1", "--modes", "", *ONE, "--out", str(out), *SCRIPT],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
@@ -50,6 +50,9 @@ def test_a_kill_under_torchft_is_measured_beside_ours_on_the_same_training(tmp_p
         # The last heartbeat may be as old as the interval between two (100 ms) when the replica dies.
         assert heartbeat_s - 0.3 < each["quorum_s"] < each["first_iteration_s"]
         assert each["participants"] == 2 and each["lost_iterations"] <= 2
+    for changes in said["shrinks"].values():
+        assert [(each["event"], each["width"]) for each in changes] == [("shrunk", 1), ("grown", 2)]
+    assert len(said["shrinks"]) == 3
     (base,) = tmp_path.glob("deadpool-bench-*")
     (ours,) = base.glob("deadpool-*/logs")
     theirs = _norms(base / "torchft-defaults-0", "replica-2.log")  # the spare's; until the kill it computes nothing

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from deadpool_bench.baselines.torchft_kills import SETTINGS, Outage, measured, show_outages, usual_seconds
+from deadpool_bench.baselines.torchft_kills import (
+    SETTINGS,
+    Outage,
+    measured,
+    regroupings,
+    show_outages,
+    usual_seconds,
+)
 from deadpool_bench.baselines.torchft_pretrain import replica_arguments, without_sharding
+from deadpool_bench.changes import Change, show_changes
 from deadpool_bench.kills import Recovery
 from deadpool_bench.recovery import _draw, _show_ratios
 from deadpool_megatron import cli
@@ -99,6 +107,30 @@ def test_an_iteration_that_the_others_could_complete_without_the_dead_one_is_nei
     assert found.first_iteration_s == pytest.approx(9.2672565 - _KILL)
 
 
+def test_without_a_spare_the_others_go_on_and_one_that_comes_back_costs_what_it_holds_up() -> None:
+    """Of a run on a busy machine: replica 0 is killed in step 4, 2 comes in step 67, whose gradients are 1's alone."""
+    early = [
+        *[(0, 1, 0, 0.555, 0.566, 1.711, 2, 2), (1, 1, 1, 0.563, 0.579, 1.840, 2, 2)],
+        *[(0, 2, 0, 1.713, 1.849, 2.590, 2, 2), (1, 2, 1, 1.847, 1.863, 2.609, 2, 2)],
+        *[(0, 3, 0, 2.592, 2.615, 3.150, 2, 2), (1, 3, 1, 2.610, 2.615, 3.180, 2, 2)],
+        *[(1, 4, 1, 3.181, 3.187, 3.898, 2, 2), (1, 4, 0, 3.898, 8.295, 9.183, 1, 1)],
+        *[(1, 5, 0, 9.184, 9.186, 9.629, 1, 1), (1, 65, 0, 43.220, 43.222, 43.602, 1, 1)],
+        *[(1, 66, 0, 43.603, 43.605, 44.041, 1, 1), (2, 67, None, 43.752, 44.670, 45.598, 2, 1)],
+        *[(1, 67, 0, 44.042, 44.055, 45.619, 2, 1), (1, 68, 0, 45.627, 45.630, 46.868, 2, 2)],
+        *[(2, 68, 1, 45.603, 45.634, 46.876, 2, 2), (1, 69, 0, 46.869, 46.881, 48.159, 2, 2)],
+        *[(2, 69, 1, 46.879, 46.882, 48.179, 2, 2), (2, 70, 1, 48.191, 48.200, 49.397, 2, 2)],
+        (1, 70, 0, 48.162, 48.207, 49.432, 2, 2),
+    ]
+    names = "replica", "step", "place", "begun", "quorum", "t", "replicas", "participants"
+    rows = [dict(zip(names, row, strict=True), committed=row[5] != 3.898) for row in early]
+    shrunk, grown = regroupings(rows, 3.5, 0)
+    assert (shrunk.event, shrunk.width, shrunk.was, shrunk.lost_iterations) == ("shrunk", 1, 2, 1)
+    assert shrunk.first_iteration_s == pytest.approx(9.183 - 3.5) and shrunk.iteration_s == pytest.approx(0.446)
+    assert (grown.event, grown.width, grown.was, grown.lost_iterations) == ("grown", 2, 1, 0)
+    assert grown.first_iteration_s == pytest.approx(46.876 - 44.041 - 0.446), "without the iteration done meanwhile"
+    assert grown.iteration_s == pytest.approx((49.432 - 46.876) / 2)
+
+
 def test_the_normal_time_of_an_iteration_needs_four_of_them() -> None:
     with pytest.raises(ValueError, match="fewer than four"):
         usual_seconds(_rows(9))
@@ -124,6 +156,7 @@ def test_the_table_of_torchft_fits_80_columns_and_its_bars_are_drawn(
     found = _measured(_rows())
     assert found is not None
     kill = Recovery(1, 9, 9, {"detected": 0.02, "resumed": 0.6}, 1.1, 0.5, 0.003)
+    show_changes({"torchft, heartbeat 1 s, gloo 2 s": [Change("shrunk", 1, 2, 1.427, 0.337, 1)]})
     show_outages([found])
     _show_ratios([found], [kill])
     lines = capsys.readouterr().out.splitlines()
