@@ -16,7 +16,8 @@ from deadpool_bench.harness.jobs import Job
 from deadpool_bench.kills import RECOVER_S, START_S, launch_options
 from deadpool_bench.progress import say
 
-_DURABLE_INTERVAL: Final = 100_000  # generations: only a change of width makes one durable
+SHRINKING: Final = ("--deadpool", "--deadpool-when-out-of-spares", "shrink")
+"""Flags of a script whose job goes on with fewer replicas."""
 _STEADY: Final = 4  # iterations at a width
 
 
@@ -40,12 +41,6 @@ class Change:
     def disturbance_s(self) -> float:
         """For so long training stood still, the normal time of the first iteration left out."""
         return self.first_iteration_s - self.iteration_s
-
-
-def shrinking(run_dir: Path) -> list[str]:
-    """Flags of a script whose job goes on with fewer replicas; what is durable lies beside its run directory."""
-    durable = ["--deadpool-durable-dir", f"{run_dir}-durable", "--deadpool-durable-interval", str(_DURABLE_INTERVAL)]
-    return ["--deadpool", "--deadpool-when-out-of-spares", "shrink", *durable]
 
 
 def changes(events: Sequence[dict[str, Any]], kills: Sequence[float]) -> list[Change]:
@@ -75,7 +70,7 @@ def shrink_and_growth(options: argparse.Namespace, base: Path, name: str) -> lis
         JobError: the job does not go on.
     """
     rng = random.Random(f"{options.seed}-{name}")
-    script = [options.script, *options.arguments, *shrinking(base / name)]
+    script = [options.script, *options.arguments, *SHRINKING]
     with Job(base / name, launch_options(options, 0), script) as job:
         rows = job.until("iterations", partial(_steady, job, 0), START_S)
         time.sleep(rng.uniform(0.0, statistics.median(e["seconds"] for e in rows)))

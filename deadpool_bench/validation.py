@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deadpool_bench.changes import shrinking
+from deadpool_bench.changes import SHRINKING
 from deadpool_bench.harness.jobs import Job
 from deadpool_bench.kills import launch_options
 from deadpool_bench.progress import progress, say, step
@@ -82,7 +82,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def _disturb(options: argparse.Namespace, run_dir: Path, rng: random.Random) -> Disturbed:
     shrinks = options.strategy == "shrink"
     spares = options.spares if shrinks else options.faults
-    script = [options.script, *options.arguments, *(shrinking(run_dir) if shrinks else ["--deadpool"])]
+    script = [options.script, *options.arguments, *(SHRINKING if shrinks else ["--deadpool"])]
     moments: list[float] = []
     joins: list[float] = []  # when lost nodes are to join
     with Job(run_dir, launch_options(options, spares), script) as job:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from deadpool_bench.changes import changes, lose, show_changes, shrinking
+from deadpool_bench.changes import SHRINKING, changes, lose, show_changes
 from deadpool_bench.harness.fork_server import forked
 from deadpool_bench.harness.jobs import Job
 from deadpool_bench.kills import START_S, launch_options
@@ -156,7 +156,7 @@ def run_widths(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace, cores: Sequence[set[int]], found: dict[str, Any]) -> None:
     rng = random.Random(options.seed)
     run_dir = Path(tempfile.mkdtemp(prefix="deadpool-bench-")) / "widths"
-    script = [options.script, *options.arguments, *shrinking(run_dir)]
+    script = [options.script, *options.arguments, *SHRINKING]
     kills: list[float] = []
     with Job(run_dir, launch_options(options, 0), script) as job:
         blocks = _Blocks(options, job, cores)
