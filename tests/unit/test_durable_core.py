@@ -54,6 +54,26 @@ def make_durable(job: SimulatedJob, error: str = "") -> str:
     return name
 
 
+# ---- no directory
+
+
+def test_without_a_directory_training_begins_with_nothing_and_nothing_is_drained() -> None:
+    """The number of replicas may change nevertheless."""
+    it = SimulatedJob(nodes=4, spares=1, durable=DurableSpec("", "", resume=True)).train()
+    assert it.told(r.ResumeAt) == [r.ResumeAt(-1)]
+    run(it, range(300))
+    assert not names(it) and it.core.durable == -1 and not it.core.dump()["now"]["durable"]
+    it.take(it.core.preempted(it.now))
+    assert it.told(r.ExitNotice) and it.finish is None
+    it.lose(0)
+    it.recover(299)
+    assert it.core.phase is Phase.RUNNING
+    it.take(it.core.inject(r.Fault("abort", 0), it.now)[1])
+    for node in it.active:
+        it.feed(r.Offer(it.core.epoch, node, {}, {}, {}, arrived=True))
+    assert it.end[0] == Exit.GENERATION_LOST and "durable" not in it.end[1]
+
+
 # ---- draining
 
 

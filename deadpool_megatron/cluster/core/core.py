@@ -7,7 +7,7 @@ Failure-free a job goes STARTING -> RUNNING -> FINISHING -> ENDED. What takes it
 
     RUNNING --node lost, worker dead, drain--> declare(e+1) -> ... agree(g) ... form(e+1) ... -> RUNNING
     STARTING, or nothing committed --node lost, worker dead--> STARTING in e+1, all workers from the script's first line
-    RUNNING --node lost, no spare, shrinks--> declare(e+1) -> the newest is durable -> STARTING in e+2, fewer replicas
+    RUNNING --node lost, no spare, shrinks--> declare(e+1) -> agents hold the newest -> STARTING in e+2, fewer replicas
 
 A loss in any phase of a recovery declares the next epoch and starts again. Every phase has a deadline; who misses it
 counts as lost. Records of an epoch other than the current one are ignored.

@@ -105,7 +105,7 @@ class Durability:
     """Not thread-safe: one caller. Times are seconds of a monotonic clock.
 
     Args:
-        spec: None when there is no durable directory; then nothing here does anything.
+        spec: None: nothing becomes durable, and a start says nothing of where training begins.
     """
 
     def __init__(self, spec: DurableSpec | None) -> None:
