@@ -1248,6 +1248,18 @@ def test_nobody_decides_over_a_generation_while_a_node_that_may_hold_it_is_away(
     assert it.end[0] == Exit.GENERATION_LOST
 
 
+def test_a_coordinator_that_takes_over_knows_of_a_loss_in_the_start_that_the_one_before_had_not_told() -> None:
+    it = shrinking(nodes=4)
+    it.take(it.core.node_away(3, it.now))
+    it.lose(0)  # the others hear of it when node 3 is back
+    assert it.core.epoch == 2
+    again = restarted(it, it.core.dump())
+    rejoin(again, [2, 3], epoch=2)
+    assert again.core.epoch == 3 and again.active == [2, 3] and base(again) == r.Base(1, -1, 5)
+    answer(again)
+    begin(again)
+
+
 def test_a_generation_that_nobody_can_read_any_more_in_memory_ends_the_job_where_nothing_is_durable() -> None:
     it = shrinking()
     answer(it)

@@ -159,7 +159,7 @@ class Returning(Awaited):
         state, members, was_away = self._state, self._state.members, self._was_away
         prefix = "the coordinator was away and " if was_away else ""
         unsettled = self.end()
-        epoch = members.epoch
+        epoch, lost = members.epoch, [node for node in members.active() if members.gone(node)]
         if state.end is not None:
             yield Stop(*state.end)
             return
@@ -168,15 +168,14 @@ class Returning(Awaited):
                 yield Send(None, r.AllFinished(members.epoch))
             yield EndIfFinished()  # all may have left already
         elif state.phase is Phase.STARTING:
-            if unsettled and epoch == members.epoch:
-                yield StartOver(f"{prefix}{unsettled}")
+            if unsettled or lost:  # which a coordinator before this one may not have come to say
+                yield StartOver(f"{prefix}{unsettled or f'node {lost[0]} was lost'}")
             elif was_away:
                 yield from self._start.send_again()
         yield from self._count_commits(now)
         if members.epoch != epoch or state.phase is not Phase.RUNNING:
             return
         trains = self._recoveries.current is None
-        lost = [node for node in members.active() if members.gone(node)]
         if unsettled or lost or (self._recoveries.vacant and trains):
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
             yield Declare(f"{prefix}{why}")
