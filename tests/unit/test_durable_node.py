@@ -311,6 +311,13 @@ def test_a_job_that_only_reads_has_no_drainer_with_its_memory(nodes: list[Node],
         node.close()
 
 
+def test_a_job_without_a_durable_directory_has_no_drainer_with_its_memory(nodes: list[Node]) -> None:
+    there = NodeDurability(2, "", "job", nodes[0].shards, nodes[0].sent.append)
+    there.granted(0, UNIQUE)
+    assert there._drainer._process is None
+    there.close()
+
+
 def test_an_order_to_read_that_comes_again_does_not_cut_off_the_reading(
     drained: list[Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:

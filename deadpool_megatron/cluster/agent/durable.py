@@ -68,7 +68,7 @@ class NodeDurability:
     """One node's part in the durable tier. Used by the agent's loop alone.
 
     Args:
-        directory: the durable directory; ``job``: whose it must be.
+        directory: the durable directory, empty where there is none; ``job``: whose it must be.
         send: sends a record to the coordinator.
         drains: the job writes generations; else it only reads.
         ranks: how many the job has.
@@ -90,7 +90,7 @@ class NodeDurability:
         self._directory = directory
         self._shards = shards
         self._send = send
-        self._drains = drains
+        self._drains = drains and bool(directory)
         self._drainer = self._make_drainer()
         self._parts: dict[int, list[bytes]] = {}
         self._jobs: dict[int, dict[str, Any]] = {}
