@@ -286,7 +286,7 @@ def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[
     assert node.sent[-1] == r.ShardsLoaded(1, NAME, "")
     node.begin()
     assert node.durability.begin(0, 0) is None  # until the coordinator says that all have it
-    node.durability.resume_at(5)
+    node.durability.resume_at(r.ResumeAt(5), {})
     for rank in (0, 1):
         at = node.durability.begin(rank, 0)
         assert isinstance(at, r.Generation) and (at.generation, at.version_epoch) == (5, 0)
@@ -298,7 +298,7 @@ def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[
 def test_a_rank_of_a_job_of_another_width_is_told_which_generation_to_read(nodes: list[Node]) -> None:
     node = nodes[0]
     node.begin()
-    node.durability.resume_at(5, NAME)
+    node.durability.resume_at(r.ResumeAt(5, NAME), {})
     assert node.durability.begin(0, 0) == r.Generation(0, 5, -1, "", {}, recut=NAME)
 
 
@@ -345,7 +345,7 @@ def test_a_job_with_other_arguments_is_told_the_first_that_differs(drained: list
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])
     node.news(Loaded)
     node.begin({"model": {"hidden_size": 128, "ffn_hidden_size": 512}})
-    node.durability.resume_at(5)
+    node.durability.resume_at(r.ResumeAt(5), {})
     why = node.durability.begin(0, 0)
     assert isinstance(why, str) and "hidden_size is 64 in it and 128 here" in why and "deadpool export" in why
 
@@ -361,7 +361,7 @@ def test_settings_that_may_differ_are_named_and_those_of_an_older_manifest_count
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])
     node.news(Loaded)
     node.begin({"model": {"hidden_size": 64, "rotary_base": 1}, "settings": {"adam_beta2": 0.99, "seq_length": 64}})
-    node.durability.resume_at(5)
+    node.durability.resume_at(r.ResumeAt(5), {})
     begun = node.durability.begin(0, 0)
     assert isinstance(begun, r.Generation)
     assert begun.note.endswith("durable generation 5, which training goes on from: adam_beta2 0.95 -> 0.99")
@@ -374,6 +374,14 @@ def test_a_shard_of_other_tensors_is_refused_even_if_all_arguments_agree(drained
     node.begin()
     assert "consists of other tensors" in node.durability.refusal(0, "another")
     assert not node.durability.refusal(0, LAYOUT.digest)
+
+
+def test_a_spare_that_has_begun_with_a_durable_shard_takes_over_one_of_another_width(drained: list[Node]) -> None:
+    node = drained[1]
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    node.news(Loaded)
+    node.durability.start_over()  # and it is told nothing more, since it has no ranks in that one
+    assert not node.durability.refusal(0, "another")
 
 
 def test_when_memory_cannot_answer_each_rank_is_read_as_a_version_of_the_new_epoch(drained: list[Node]) -> None:

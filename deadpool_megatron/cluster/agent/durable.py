@@ -261,8 +261,9 @@ class NodeDurability:
 
     def start_over(self) -> None:
         """The start begins anew: other workers tell what job it is, and the coordinator where to resume."""
-        self._resume = None
+        self._resume = self._manifest = None
         self._close_places()
+        self._loaded.clear()
         self._jobs.clear()
         self._granted.clear()
 
