@@ -56,6 +56,7 @@ class Vault:
         epoch: in which this vault is; writes of older ones are refused.
         kept: the newest globally committed version known here, packed; EMPTY when there is none.
         floor: nothing below this packed version, except `kept`, will ever be committed.
+        resized: how often coordinates have become others (`end_making`).
     """
 
     def __init__(
@@ -82,12 +83,14 @@ class Vault:
         self._lock = threading.RLock()  # never while memory is cleared: the agent's loop takes it
         self._making: dict[tuple[int, Kind], threading.Lock] = {}
         self._reserved: dict[tuple[int, Kind], int] = {}  # bytes of those that are being made
+        self._unwanted: set[tuple[int, Kind]] = set()  # of them, those that nobody waits for any more
         self._closed = False
         self._checking: dict[int, threading.Lock] = {}
         self.intakes = Intakes()
         self.epoch = 0
         self.kept = EMPTY
         self.floor = 0
+        self.resized = 0
         self._pinned = False
         self._near: dict[int, int] = {}
 
@@ -141,8 +144,10 @@ class Vault:
             finally:
                 with self._lock:
                     del self._reserved[key]
+                    unwanted = key in self._unwanted
+                    self._unwanted.discard(key)
                     if arena is not None:
-                        self._insert(key, arena)
+                        self._insert(key, arena, unwanted)
             return arena
 
     def _reserve(self, key: tuple[int, Kind], total: int) -> None:
@@ -162,11 +167,18 @@ class Vault:
         free = free_bytes(self.directory) + self.bytes_allocated
         return f"a node needs {nbytes} bytes for shards, and {self.directory} has {free}" if nbytes > free else ""
 
-    def _insert(self, key: tuple[int, Kind], arena: Arena) -> None:
+    def end_making(self) -> None:
+        """Coordinates are others now: memory that is being made for those before is dropped when it is there."""
+        with self._lock:
+            self.resized += 1
+            self._unwanted |= self._reserved.keys()
+
+    def _insert(self, key: tuple[int, Kind], arena: Arena, unwanted: bool) -> None:
         """What has been told while it was made holds for it, too. Under the lock."""
-        if self._closed:
+        if self._closed or unwanted:
             arena.unlink()
-            raise VaultError(f"the vault of node {self.node} is closed")
+            why = "is closed" if self._closed else f"has no use for this memory of rank {key[0]} any more"
+            raise VaultError(f"the vault of node {self.node} {why}")
         arena.epoch = self.epoch
         if not arena.info.constant:
             arena.kept, arena.floor = self.kept, self.floor
@@ -235,6 +247,7 @@ class Vault:
         base = Version(*base)
         gone: list[Arena] = []
         with self._lock:
+            self.end_making()
             if self._base != base:
                 gone += (arena for arena, _ in self._aside.values())
                 self._base = base

@@ -279,6 +279,36 @@ def test_a_coordinate_that_moves_away_leaves_no_memory_and_no_thread_behind(node
     assert 0 in told and 1 not in told and not node.shards.path_of(1)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_memory_that_is_made_for_coordinates_that_are_others_by_now_is_not_in_the_way(
+    nodes: list[Node], in_memory: bool
+) -> None:
+    node = nodes[0]
+    vault, begun, go_on = node.shards.vault, threading.Semaphore(0), Event()
+    create = vault._create
+
+    def slow(*arguments: Any) -> Any:
+        begun.release()
+        go_on.wait()
+        return create(*arguments)
+
+    vault._create = slow
+    node.shards.plan({7: (UNIQUE, 1 << 16), 8: (UNIQUE, 1 << 16)}, {}, set())
+    node.shards.reserve()
+    begun.acquire()
+    thread = next(each for each in threading.enumerate() if each.name == "vault-reserve")
+    if in_memory:
+        node.shards.set_aside(r.Base(0, 0, 5))
+    else:
+        Upkeep(KnownJob(0, 2, 2, Scheme.parse("1")), node.shards, None).empty()
+    go_on.set()
+    thread.join()
+    assert node.shards.events.empty() and not vault.arenas() and not begun.acquire(blocking=False)
+    node.shards.plan({7: (2 * UNIQUE, 1 << 16)}, {}, set())
+    node.shards.reserve()
+    assert isinstance(node.shards.events.get(), r.VaultMemory)
+
+
 def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[Node]) -> None:
     node = drained[1]
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])

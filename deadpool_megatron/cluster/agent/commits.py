@@ -163,6 +163,7 @@ class Upkeep:
 
     def empty(self) -> None:
         """Nothing of what is here has a use any more, but for what is set aside."""
+        self._shards.vault.end_making()
         self._shards.keep_only(set(), set(), set())
         if self._durable is not None:
             self._durable.keep_only(set())

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from deadpool_megatron import points
@@ -222,17 +223,27 @@ class Shards:
             self.stripes.plan(dict(words))
 
     def reserve(self) -> None:
-        """Take the memory for what is planned, in a thread. Comes as `VaultMemory`, a failure as `NoRoom`."""
+        """Take the memory for what is planned, in a thread. Comes as `VaultMemory`, a failure as `NoRoom`.
+
+        Nothing comes when coordinates have become others meanwhile.
+        """
+        resized, size = self.vault.resized, self.vault.chunk_bytes
+        words = self.stripes.plans if self.stripes is not None else {}
+        steps: list[Callable[[], object]] = [partial(self.vault.allocate_peer, k, *v) for k, v in self._peers.items()]
+        steps += [
+            partial(self.vault.allocate_parity, word, plan.chunks(size) * size, plan.records_bytes(size))
+            for word, plan in words.items()
+        ]
 
         def work() -> None:
-            size = self.vault.chunk_bytes
             try:
-                for rank, (unique_bytes, capacity) in self._peers.items():
-                    self.vault.allocate_peer(rank, unique_bytes, capacity)
-                for word, plan in self.stripes.plans.items() if self.stripes is not None else ():
-                    self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
+                for step in steps:
+                    if self.vault.resized != resized:
+                        return
+                    step()
             except (VaultError, OSError) as err:
-                self.report(r.NoRoom(self.node, str(err)))
+                if self.vault.resized == resized:
+                    self.report(r.NoRoom(self.node, str(err)))
                 return
             huge = huge_bytes(*(arena.path for arena in self.vault.arenas()))
             nodes, way = max(1, len(numa_nodes())), self.transport
