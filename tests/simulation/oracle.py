@@ -180,6 +180,7 @@ class Oracle:
         self.training = False
         self.given_up = 0  # generations that were, rightly
         self._drain_began = 0.0  # the newest drain
+        self._first = -1  # the generation that it began anew with, with the nodes that it had
         self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
         self._waits_since: float | None = None  # for a spare
         self._room_since = 0.0  # for replicas that are away
@@ -338,14 +339,14 @@ class Oracle:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
             case "shrunk" | "grown":
                 self._resumed = True
-                self._active = fields["nodes"]
+                self._active, self._first = fields["nodes"], fields["iteration"]
                 self._resized(fields)
                 if event == "shrunk":
                     self._cluster.faults.narrowed()
             case "started_over":
                 self._era(fields["epoch"])  # it may have become narrower before, and nobody was there to write so
                 self._active = fields["nodes"]
-                if self.committed >= 0 and not (self._cluster.widths and self.lost()):
+                if self.committed > self._first and not (self._cluster.widths and self.lost()):
                     raise Violation(f"the job begins anew, although generation {self.committed} was committed")
                 self.committed, self.safe = -1, None
             case "agreed":
