@@ -167,7 +167,8 @@ def _account(
         if e not in inside or first_of[e["epoch"]] is not e or e["epoch"] == before["epoch"]:
             continue
         faults = [moment for moment in moments if before["t"] <= moment < e["t"]]
-        resized = [each["event"] for each in events if before["t"] <= each["t"] < e["t"] and "width" in each]
+        between = {each["event"] for each in events if before["t"] <= each["t"] < e["t"]}
+        resized = between & {"shrunk", "grown"}
         if faults and "grown" not in resized:
             costs["shrink" if resized else "recovery"].append(e["t"] - faults[-1] - paces[e["replicas"]])
         elif resized and not faults:

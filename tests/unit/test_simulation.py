@@ -201,7 +201,8 @@ def test_a_disturbed_job_is_accounted_for_and_predicted_by_the_model() -> None:
     """Iterations of one second; a fault at 5.7 (in iteration 5), back with iteration 5 complete at 9.0."""
     back = _iterations(1, 5, [9.0, 10.0, 11.0, 12.0], 1.0, 2)
     back[0]["seconds"] = 3.0
-    job = _account([*_iterations(0, 0, [1.0, 2.0, 3.0, 4.0, 5.0], 1.0, 2), *back], [5.7], 1.0, 2, 1, [])
+    before = [*_iterations(0, 0, [1.0, 2.0, 3.0, 4.0, 5.0], 1.0, 2), {"event": "declared", "t": 5.8, "width": 2}]
+    job = _account([*before, *back], [5.7], 1.0, 2, 1, [])
     costs = {"recovery": [pytest.approx(2.3)], "shrink": [], "growth": []}
     assert job == Disturbed(Cluster(2, 1, 1.0, 1e9, 1), [pytest.approx(4.7)], 11.0, 8, costs)  # type: ignore[list-item,arg-type]
     assert job.goodput == pytest.approx(8 / 11)
