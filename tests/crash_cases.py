@@ -181,6 +181,7 @@ ENDS: Final[dict[str, str]] = {
 ELSEWHERE: Final[dict[str, str]] = {
     "worker.leaving": "only where another launcher has started the workers, as their last message",
     "coordinator.enlisted": "only while `deadpool agent` nodes come, and those ask again",
+    "agent.set-aside": "only at the start with another number of replicas (test_shrink loses nodes there)",
     "agent.shards-loaded": "a moment after the start, before a command can arm it (test_durable_core loses a node)",
     "step.rehearsed": "only with --deadpool-rehearsals (test_rehearsals.py), and who rehearses has nothing to lose",
     "agent.rehearsed": "only with --deadpool-rehearsals (test_rehearsals.py loses spares), and told again",

@@ -143,7 +143,7 @@ class OtherWidth:
         args: Megatron's.
 
     Attributes:
-        small: the small state, without what it says of layouts: those are of the other width.
+        small: the small state.
         note: one line for the user, or none.
         constants: it has parameters that no optimizer holds.
 
@@ -167,7 +167,6 @@ class OtherWidth:
             raise self._not_fit("no rank in it has the same layers and experts")
         self._ranks = [c.rank for c in alike]
         state = decode(self._read(lambda: source.small(self._ranks[0])))
-        state.pop("layouts", None)
         self._with_all_steps(state)
         _put_valid_samples(state["args"], args, source.generation)
         self.small = encode(state)

@@ -629,12 +629,12 @@ def _the_next_coordinator_forgets_the_width(patch: Patch) -> None:
 
 
 def _a_shrink_ends_with_the_last_drain(patch: Patch) -> None:
-    """The newest generation is durable, and nobody goes on."""
+    """The newest generation is whole in memory, and nobody goes on."""
 
-    def before(self: Recoveries) -> Effects:
+    def before(self: Recoveries, recovery: object, now: float) -> Effects:
         yield self._unsaved()
 
-    patch.setattr(Recoveries, "last_drained", before)
+    patch.setattr(Recoveries, "_drain_last", before)
 
 
 def _a_shrink_is_still_under_way_when_it_is_over(patch: Patch) -> None:

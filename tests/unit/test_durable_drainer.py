@@ -316,7 +316,7 @@ def test_whoever_holds_a_copy_knows_what_it_consists_of(node: Node) -> None:
     done = node.done()
     assert [shard.layout for shard in done.shards] == [LAYOUT.digest]
     store = LocalStore(node.directory)
-    header = read_header(store, done.name, done.shards[0])
+    header = read_header(store, f"{done.name}/{done.shards[0].file}", done.shards[0])
     assert header.layout == LAYOUT and header.small_bytes == len(SMALL)
 
 

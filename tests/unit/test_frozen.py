@@ -32,7 +32,7 @@ def _rank(rank: int, directory: str) -> None:
     vault.allocate_own(constants_of(rank), frozen.plan.nbytes, 1)
     arena = vault.arena(constants_of(rank), "own")
     assert arena is not None
-    frozen.use(ConstantsWriter(arena))
+    frozen.use(ConstantsWriter(arena), b"")
 
     def others() -> None:
         torch.nn.init.zeros_(model.weight)

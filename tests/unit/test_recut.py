@@ -25,8 +25,8 @@ from deadpool_megatron.durable import (
     Piece,
     ShardFile,
     Source,
-    pack_layout,
     read_recut,
+    trailer_of,
 )
 from deadpool_megatron.durable.errors import Damaged, NotFit
 from deadpool_megatron.durable.files import write_constants, write_shard
@@ -92,12 +92,7 @@ def written(rank: int, width: int, says: bool = True) -> tuple[Layout, bytes, by
     if not says:
         items = [msgspec.structs.replace(item, pieces=()) for item in items]
     layout = Layout(len(unique) + 64, layout.digest, tuple(items))
-    state = {
-        "rank": rank,
-        "numbers": [],
-        "args": {"consumed_valid_samples": 0},
-        "layouts": {"shard": pack_layout(layout), "constants": pack_layout(CONSTANTS_LAYOUT)},
-    }
+    state = {"rank": rank, "numbers": [], "args": {"consumed_valid_samples": 0}}
     return layout, unique + (b"log of %2d" % rank).ljust(64, b"\0"), encode(state)
 
 
@@ -119,9 +114,12 @@ class CopiesInMemory:
     """As `vault.Copies`; what it gives is garbage once it was taken."""
 
     def __init__(self, width: int, says: bool = True) -> None:
-        self._small = {rank: written(rank, width, says)[2] for rank in range(width)}
-        self._unique = {rank: written(rank, width, says)[1] for rank in range(width)}
-        self._unique |= {constants_of(rank): CONSTANTS.ljust(64, b"\0") for rank in range(width)}
+        old = {rank: written(rank, width, says) for rank in range(width)}
+        self._small = {rank: small + trailer_of(layout) for rank, (layout, _, small) in old.items()}
+        self._small |= {constants_of(rank): trailer_of(CONSTANTS_LAYOUT) for rank in old}
+        self._unique = {rank: unique for rank, (_, unique, _) in old.items()}
+        self._unique |= {constants_of(rank): CONSTANTS.ljust(64, b"\0") for rank in old}
+        self.places = {holder: [("here", 1)] for holder in self._unique}
         self.smalls: list[int] = []  # all that were asked for
         self.asked: list[tuple[int, Sequence[tuple[int, int]]]] = []
         self.lost: set[int] = set()
@@ -150,7 +148,7 @@ class CopiesInMemory:
 
 
 def in_memory(copies: CopiesInMemory, width: int) -> MemorySource:
-    return MemorySource(copies, 40, coordinates(width))
+    return MemorySource(copies, 40, coordinates(width))  # type: ignore[arg-type]
 
 
 def source_of(kind: str, directory: Path, width: int, says: bool = True) -> Source:
@@ -332,7 +330,7 @@ def test_a_rank_takes_its_part_and_what_is_alike_and_what_never_changes(
     plan, tensors, want = first_of_two
     other = OtherWidth(source_of(kind, tmp_path, 3), ARGS)
     state = decode(other.small)
-    assert state["rank"] == 0 and "layouts" not in state and other.constants and not other.note
+    assert state["rank"] == 0 and other.constants and not other.note
     other.fill(plan, [], None)
     assert bytes(tensors.pop(SMALL).tolist()) == b"log of  0"
     for name, _, offset, nbytes in plan.items():
@@ -372,9 +370,8 @@ def test_a_copy_that_cannot_be_read_is_told_of_with_the_reason(
         other.fill_constants(ShardPlan([("frozen", torch.zeros(4, 6, dtype=torch.uint8))]))
     other.close()
     assert copies.closed
-    state = decode(other.small)  # without layouts
-    monkeypatch.setattr(copies, "_small", {0: encode(state)})
-    with pytest.raises(CannotRead, match="rank 0's small state does not say what its shard consists of"):
+    monkeypatch.setattr(copies, "_small", {0: other.small})
+    with pytest.raises(CannotRead, match="the copy of holder 0 does not say what it consists of"):
         OtherWidth(in_memory(copies, 3), ARGS)
 
 
