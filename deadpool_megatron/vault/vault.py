@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -276,17 +276,30 @@ class Vault:
             gone, self._aside, self._base = self._aside, {}, None
         self._free(list(gone.values()))
 
+    def thin_out(self, holders: Collection[int]) -> bool:
+        """Free what is aside of these, which others have too. Waits until all that is given back is free.
+
+        Whether there was anything to free.
+        """
+        with self._lock:
+            gone = [self._aside.pop(holder) for holder in holders if holder in self._aside]
+            frees = bool(gone) or (self._freeing is not None and self._freeing.is_alive())
+        self._free(gone)
+        self.freed()
+        return frees
+
     def _free(self, slots: list[tuple[Arena, Slot]]) -> None:
         """Give memory back: it counts as free at once. In a thread, since that takes 0.1 s a GiB."""
-        for arena, slot in slots:
-            arena.end(slot)
-        if any(arena.mapped for arena, _ in slots):
-            work = partial(_give_back, slots)
-            self._freeing = threading.Thread(target=work, name="vault-free", daemon=True)
-            self._freeing.start()
+        with self._lock:
+            for arena, slot in slots:
+                arena.end(slot)
+            if any(arena.mapped for arena, _ in slots):
+                work = partial(_give_back, slots, self._freeing)
+                self._freeing = threading.Thread(target=work, name="vault-free", daemon=True)
+                self._freeing.start()
 
     def freed(self) -> None:
-        """Wait for the memory of the last `set_aside` or `let_go` to be free."""
+        """Wait for all that is given back to be free."""
         if self._freeing is not None:
             self._freeing.join()
 
@@ -396,10 +409,12 @@ class Vault:
             return any([_checksum(slot, limit) for slot in arena.slots])
 
 
-def _give_back(slots: list[tuple[Arena, Slot]]) -> None:
+def _give_back(slots: list[tuple[Arena, Slot]], before: threading.Thread | None) -> None:
     while slots:  # one after the other is forgotten, so that its mapping goes too
         arena, slot = slots.pop()
         arena.give_back(slot)
+    if before is not None:
+        before.join()
 
 
 def _held_fast(arena: Arena, base: Version, written: int) -> Slot | None:

@@ -34,7 +34,7 @@ from deadpool_megatron.durable import (
     split_small,
     trailer_of,
 )
-from deadpool_megatron.vault import SlotWriter, Version, small_capacity
+from deadpool_megatron.vault import Arena, SlotWriter, VaultFull, Version, small_capacity
 from waiting import until
 
 UNIQUE = 1 << 20
@@ -307,6 +307,27 @@ def test_memory_that_is_made_for_coordinates_that_are_others_by_now_is_not_in_th
     node.shards.plan({7: (2 * UNIQUE, 1 << 16)}, {}, set())
     node.shards.reserve()
     assert isinstance(node.shards.events.get(), r.VaultMemory)
+
+
+def test_where_memory_is_short_one_copy_of_what_is_aside_has_to_do(nodes: list[Node]) -> None:
+    node = nodes[0]
+    shards, vault = node.shards, node.shards.vault
+    node.begin()
+    assert node.capture(5) == [True, True]
+    base = r.Base(0, 0, 5)
+    shards.set_aside(base)
+    left = vault.bytes_allocated
+    vault.limit_bytes = left + Arena.size(0, "own", UNIQUE, small_capacity(1000), vault.chunk_bytes) - UNIQUE // 2
+    with pytest.raises(VaultFull):
+        shards.allocate(0, UNIQUE, 1000)
+    assert shards.aside(base) == ([0, 1], []), "nobody else is known to have them"
+    memory = r.InMemory(base, [r.CoordinateInfo(rank, 0, 0, rank) for rank in (0, 1)], [[0, 1], [0, 1]], [[], []])
+    told = shards.places(r.ResumeAt(5, memory=memory), {0: r.Address("a", 1), 1: r.Address("b", 1)})
+    assert [len(told.holders[rank]) for rank in (0, 1)] == [2, 2]
+    assert shards.allocate(0, UNIQUE, 1000) and shards.aside(base) == ([0], []), "node 1 keeps the other one"
+    with pytest.raises(VaultFull):
+        shards.allocate(1, UNIQUE, 1000)
+    assert shards.aside(base) == ([0], [])
 
 
 def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[Node]) -> None:

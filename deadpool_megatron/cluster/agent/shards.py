@@ -163,6 +163,7 @@ class Shards:
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._peers: dict[int, tuple[int, int]] = {}
         self._base: r.Base | None = None  # that was set aside last
+        self._twice: set[int] = set()  # holders of which another node keeps what is aside
         self._replicator = Replicator(
             self.vault, secret, self._committed, pace=SendPace(send_bandwidth), direct=self._direct
         )
@@ -194,7 +195,7 @@ class Shards:
 
         An arena that a fetch has made already is used when it fits. ``numa``: NUMA node of who writes it, -1 for any.
         """
-        info = self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes), numa)
+        info = self._with_room(partial(self.vault.allocate_own, rank, unique_bytes, small_capacity(small_bytes), numa))
         if info.small_capacity < small_bytes:
             raise VaultError(
                 f"the small state of rank {rank} has {small_bytes} bytes, and the memory that was taken for its shard "
@@ -240,7 +241,7 @@ class Shards:
                 for step in steps:
                     if self.vault.resized != resized:
                         return
-                    step()
+                    self._with_room(step)
             except (VaultError, OSError) as err:
                 if self.vault.resized == resized:
                     self.report(r.NoRoom(self.node, str(err)))
@@ -304,7 +305,7 @@ class Shards:
         """Keep what is here of ``base`` until `Vault.let_go`, out of the way of all else, which is dropped."""
         self.holdings()  # what workers have left is checksummed
         self.vault.set_aside(Version(base.epoch, base.generation), base.version_epoch)
-        self._base = base
+        self._base, self._twice = base, set()
 
     def aside(self, base: r.Base) -> tuple[list[int], list[int]]:
         """The ranks whose shard of ``base`` is set aside here, and whose constants are."""
@@ -312,12 +313,22 @@ class Shards:
         constants = [owner_of(holder) for holder in held if is_constants(holder)]
         return [rank for rank in held if not is_constants(rank)], sorted(constants)
 
+    def _with_room[T](self, make: Callable[[], T]) -> T:
+        """Where there is no memory, one copy of what is aside has to do in the job. Blocks, and raises, as ``make``."""
+        try:
+            return make()
+        except VaultFull:
+            if not self.vault.thin_out(self._twice):
+                raise
+            return make()
+
     def places(self, at: r.ResumeAt, vaults: Mapping[int, r.Address]) -> r.InVaults:
         """What workers are told of a generation that is set aside. ``vaults``: by node, where its vault answers."""
         assert at.memory is not None and self._base is not None
         nodes = dict(enumerate(at.memory.holders))
         nodes |= {constants_of(rank): there for rank, there in enumerate(at.memory.constants) if there}
         places = {holder: [vaults[node] for node in there if node in vaults] for holder, there in nodes.items()}
+        self._twice = {holder for holder, there in nodes.items() if there[owner_of(holder) % len(there)] != self.node}
         base = at.memory.base
         return r.InVaults(self._secret, self.vault.epoch, base.epoch, base.generation, at.memory.coordinates, places)
 
