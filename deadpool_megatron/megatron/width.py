@@ -8,6 +8,7 @@ first one, as Megatron's own checkpoints have it.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -115,8 +116,11 @@ class CannotRead(UserError):
 
 
 def _patient[T](where: str, act: Callable[[], T]) -> T:
-    """Again after what may pass, for a while; ``act`` begins from its start. Raises CannotRead, NotFit."""
-    end = time.monotonic() + _PATIENCE_S
+    """Again after what may pass, for a while (reading itself may take longer); ``act`` begins from its start.
+
+    Raises CannotRead, NotFit.
+    """
+    end = math.inf
     while True:
         try:
             return act()
@@ -124,6 +128,7 @@ def _patient[T](where: str, act: Callable[[], T]) -> T:
             raise
         except (DurableError, VaultError, OSError) as err:
             passes = isinstance(err, OSError) or (isinstance(err, VaultError) and err.broken)
+            end = min(end, time.monotonic() + _PATIENCE_S)
             if not passes or time.monotonic() >= end:
                 raise CannotRead(f"{where} cannot be read: {err}") from None
         time.sleep(_AGAIN_S)

@@ -307,6 +307,24 @@ def test_a_passing_error_of_the_disk_ends_no_start_and_a_lasting_one_says_what_t
     assert "\n" not in str(told.value)
 
 
+def test_what_fails_after_it_was_read_for_longer_than_anybody_waits_is_read_again(monkeypatch: Any) -> None:
+    now = [0.0]
+    monkeypatch.setattr(width.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(width.time, "sleep", lambda seconds: None)
+    failures = [OSError(5, "Input/output error")]
+
+    def reads() -> str:
+        now[0] += 60.0
+        if failures:
+            raise failures.pop()
+        return "all of it"
+
+    assert width._patient("there", reads) == "all of it"
+    failures.extend(OSError(5, "Input/output error") for _ in range(2))
+    with pytest.raises(CannotRead):
+        width._patient("there", reads)
+
+
 @pytest.fixture
 def first_of_two(monkeypatch: pytest.MonkeyPatch) -> tuple[ShardPlan, dict[str, torch.Tensor], bytes]:
     """This process is rank 0 of 2: the plan of its shard, the tensors, and what they are to become."""
