@@ -353,6 +353,24 @@ def test_a_rank_of_a_job_of_another_width_is_told_which_generation_to_read(nodes
     assert node.durability.begin(0, 0) == r.Generation(0, 5, -1, "", {}, recut=NAME)
 
 
+def test_a_rank_finds_where_its_base_is_also_when_its_agent_is_told_once_more(nodes: list[Node]) -> None:
+    node, base = nodes[0], r.Base(0, 0, 5)
+    node.begin()
+    node.capture(5)
+    node.shards.set_aside(base)
+    node.begin()
+    memory = r.InMemory(base, [r.CoordinateInfo(rank, 0, 0, rank) for rank in (0, 1)], [[0], [0]], [[], []])
+    vaults = {0: r.Address("127.0.0.1", 1)}
+    below = os.open(os.devnull, os.O_RDONLY)
+    node.durability.resume_at(r.ResumeAt(5, memory=memory), vaults)
+    at = node.durability.begin(0, 0)
+    assert isinstance(at, r.Generation)
+    os.close(below)  # so that another file of its may have that number
+    node.durability.resume_at(r.ResumeAt(5, memory=memory), vaults)
+    told = msgspec.msgpack.decode(Path(at.memory).read_bytes(), type=r.InVaults)
+    assert told.holders == {0: [vaults[0]], 1: [vaults[0]]} and told.secret == bytes(32)
+
+
 def test_a_job_that_only_reads_has_no_drainer_with_its_memory(nodes: list[Node], tmp_path: Path) -> None:
     node = Node(tmp_path, 2, drains=False)
     try:

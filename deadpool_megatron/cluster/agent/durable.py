@@ -240,6 +240,8 @@ class NodeDurability:
 
     def resume_at(self, record: r.ResumeAt, vaults: Mapping[int, r.Address]) -> None:
         """Training begins with this generation. ``vaults``: by node, where its vault answers."""
+        if record == self._resume:
+            return  # workers may be about to read what they were told
         self._resume = record
         if record.generation < 0 or record.recut or record.memory is not None:
             self._loaded.clear()
