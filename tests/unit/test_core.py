@@ -995,6 +995,7 @@ def test_a_spare_that_has_come_by_the_time_a_checkpoint_fails_is_used(spares: in
     assert declared.purpose == ("resume" if spares == 2 else "save")
     if spares == 2:
         assert sorted(job.active) == [2, 3, 4, 5] and len(declared.replaced) == 5
+        assert sorted({node for group in declared.groups for node in group}) == [2, 3, 4, 5], "all are protected again"
         job.recover(7)
         assert job.core.phase is Phase.RUNNING and job.core.nodes[4].role == "active"
         job.lose(5)

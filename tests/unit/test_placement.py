@@ -273,6 +273,16 @@ def test_the_words_that_the_newest_copies_lie_in_outlive_a_coordinator_until_the
     assert protection.words == []
 
 
+def test_a_job_that_trains_on_after_it_had_to_save_has_parity_again() -> None:
+    before, coordinates = layout(6, 1, 1, 2)
+    protection = Protection("2+1")
+    protection.begin(before, coordinates, 100, 1)
+    rescued = placing.rescue(before, {0}, 1)
+    assert rescued is not None and not protection.moved(rescued, coordinates, one_to_one=False)
+    groups = protection.moved(placing.replace_nodes(before, {0: 6}), coordinates)
+    assert sorted(node for group in groups for node in group) == [1, 2, 3, 4, 5, 6]
+
+
 def test_two_copies_still_protect_while_the_third_is_made() -> None:
     assignment, coordinates = layout(6, 1, 1, 2)
     protection = Protection("2")

@@ -50,7 +50,7 @@ def test_another_protocol_version_is_refused(
 ) -> None:
     packet = r.encode(record)
     assert decode(packet) == record
-    with pytest.raises(r.RecordError, match=f"packet from {sender} is of protocol version 01, not 0c"):
+    with pytest.raises(r.RecordError, match=f"packet from {sender} is of protocol version 01, not 0d"):
         decode(b"\x01" + packet[1:])
     with pytest.raises(r.RecordError, match=r"protocol version \?"):
         decode(b"")

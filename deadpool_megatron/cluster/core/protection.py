@@ -119,7 +119,7 @@ class Protection:
     ) -> Groups:
         """A new epoch: spares took lost nodes' places. Not ``one_to_one``: survivors hold lost coordinates too."""
         nodes = placing.nodes_of(assignment)
-        self._alone = one_to_one and len(nodes) == 1
+        self._alone, trains = one_to_one and len(nodes) == 1, one_to_one
         one_to_one = one_to_one and len(nodes) == len(self._nodes) and bool(self.groups)
         # (not in the way of a recovery where nothing depends on it)
         shared = parallel_groups(assignment, coordinates) if self._labels or not one_to_one else {}
@@ -130,7 +130,9 @@ class Protection:
             stayed = {tuple(taken_by.get(node, node) for node in group) for group in before}
             self._bare |= {node for group in self.groups if group not in stayed for node in group}
         else:
-            self.groups = place(nodes, self.scheme, shared, self._labels) if self.scheme.mirror else ()
+            # (where a node has several nodes' ranks there is no parity)
+            placed = self.scheme.mirror or (trains and not self._alone)
+            self.groups = place(nodes, self.scheme, shared, self._labels) if placed else ()
         self._bare = (self._bare | (set(nodes) - set(self._nodes))) & set(nodes)
         self._nodes = nodes
         self._covered = set()

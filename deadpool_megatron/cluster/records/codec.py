@@ -20,7 +20,7 @@ from deadpool_megatron.cluster.records.workers import WorkerRecord, WorkerTold
 __all__ = ["VERSION", "RecordError", "decode_from_agent", "decode_from_coordinator", "decode_from_worker"]
 __all__ += ["decode_to_worker", "encode"]
 
-VERSION = b"\x0c"
+VERSION = b"\x0d"
 # What grows with the job is mostly alike from node to node: it shrinks to a tenth, once for all that it is sent to.
 _COMPRESS_BYTES = 4096
 _MOST_BYTES = 1 << 28
