@@ -113,6 +113,18 @@ def test_a_replica_leaves_with_the_node_that_nobody_replaces_and_the_others_begi
     assert it.core.committed == 6
 
 
+def test_where_no_node_has_room_for_what_a_lost_one_had_the_copy_that_is_kept_of_it_does() -> None:
+    it = job()
+    it.lose(1)
+    it.arrive()
+    taken = it.core.assignment[1].node
+    it.feed(r.FetchFailed(it.core.epoch, taken, 1, 2, 5, "rank 1 (own) needs 8 bytes", own=True))
+    assert base(it) == r.Base(1, -1, 5) and it.finish is None and it.core.phase is Phase.STARTING
+    answer(it)
+    begin(it)
+    assert it.events("shrunk")[-1]["width"] == 2
+
+
 def test_one_loss_after_the_other_costs_one_replica_each_down_to_one_and_then_the_job_ends() -> None:
     it = job()
     for width, node in ((2, 0), (1, 1)):

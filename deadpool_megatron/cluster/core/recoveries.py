@@ -45,6 +45,7 @@ class Recoveries:
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
         self._written = ANY_EPOCH  # in which that was
+        self._whole = False  # nothing of it has to be rebuilt
         self._waits_until: float | None = None
         self._wait_told = False  # by this coordinator
         self._end = ""  # why the job cannot go on, once it only saves or drains what it has
@@ -344,6 +345,7 @@ class Recoveries:
             )
         recovery.agreed(agreement.generation, now)
         self._generation, self._written = agreement.generation, agreement.epoch
+        self._whole = not agreement.rebuilds
         state.progress.go_on(members.active(), members.epoch, agreement.generation)
         yield emit(
             "agreed",
@@ -400,6 +402,8 @@ class Recoveries:
 
     def no_room(self, record: r.FetchFailed) -> Answer[str]:
         """A node has no memory for what a lost one had, which others may have. Why another epoch has to begin."""
+        if self._whole and (yield from self._stay_in_memory(self._generation)):
+            return ""
         if (record.node, record.rank) in self._full:
             yield self._unsaved()
             return ""
@@ -484,16 +488,23 @@ class Recoveries:
     def _drain_last(self, recovery: Recovery, now: float) -> Effects:
         """All nodes hold the newest generation: it stays in memory for fewer replicas, or becomes durable."""
         state = self._state
-        if state.can_shrink() and not state.durability.leaves:
-            version = Version(self._written, recovery.generation)
-            members, coordinates = state.members, state.layout.coordinates
-            yield from state.durability.keep_in_memory(version, coordinates, members.epoch, members.assignment)
-            yield Resize(self._end)
-        elif state.durability.can_drain:
+        if (yield from self._stay_in_memory(recovery.generation)):
+            return
+        if state.durability.can_drain:
             recovery.deadline = None  # a drain has its own
             yield from state.durability.drain_last(recovery.generation, state.members.active(), now)
         else:
             yield self._unsaved()
+
+    def _stay_in_memory(self, generation: int) -> Answer[bool]:
+        """Fewer replicas begin with what nodes hold of the agreed generation. False: that is not what it is for."""
+        state, members = self._state, self._state.members
+        if self._purpose != "drain" or not state.can_shrink() or state.durability.leaves:
+            return False
+        version, coordinates = Version(self._written, generation), state.layout.coordinates
+        yield from state.durability.keep_in_memory(version, coordinates, members.epoch, members.assignment)
+        yield Resize(self._end)
+        return True
 
     def covered(self, record: r.Covered) -> Effects:
         """What a node's ranks go on from has all its copies again."""
