@@ -1275,6 +1275,10 @@ def test_a_coordinator_that_takes_over_knows_of_a_loss_in_the_start_that_the_one
 def test_a_generation_that_nobody_can_read_any_more_in_memory_ends_the_job_where_nothing_is_durable() -> None:
     it = shrinking()
     answer(it)
+    before = base(it)
+    cannot_read(it, 0, 0)
+    assert it.finish is None and base(it) == before, "once it may have been the fault of who read"
+    answer(it)
     cannot_read(it, 0, 0)
     code, message = it.end
     assert code == Exit.GENERATION_LOST and "cannot be read: it is damaged" in message

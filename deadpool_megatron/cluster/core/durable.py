@@ -95,6 +95,7 @@ class _Memory:
     coordinates: list[r.CoordinateInfo]
     waiting: set[int] | None = None  # nodes that have not said what they hold of it; None: nobody was asked
     held: dict[int, r.SetAside] = field(default_factory=dict)
+    again: bool = False  # it could not be read once
 
     def ask(self, nodes: Iterable[int]) -> None:
         """These are told to set it aside, as a start begins."""
@@ -213,6 +214,14 @@ class Durability:
         self._loading = None  # nobody answers for the start that is over
         self._retry = self._retry and self.memory is not None
         self.last_is_over = False
+
+    def try_again(self) -> bool:
+        """What is in memory is all there is, and could not be read: once that may have been the fault of who read."""
+        memory = self.memory
+        if memory is None or memory.again or self._complete or self._recut or self._unsure:
+            return False
+        memory.again = True
+        return True
 
     def bad(self, name: str, why: str) -> Effects:
         """A durable generation, or (without a name) that in memory, could not be read: it does not count any more."""

@@ -129,7 +129,9 @@ class Start:
         nobody_can = self._unread.keys() >= set(members.active())
         damaged = next((why for node, why in self._unread.items() if nobody_can or not members.newcomer(node)), "")
         base = state.durability.base
-        if damaged and base is not None:
+        if damaged and base is not None and state.durability.try_again():
+            yield StartOver(damaged)
+        elif damaged and base is not None:
             yield from state.durability.bad(base[1], damaged)
             older = state.durability.base
             if older is not None and members.can_begin_anew:
