@@ -19,6 +19,7 @@ from .wire import Channel, Deadlines, check_secret, connect
 
 _log = logging.getLogger(__name__)
 _BATCH: Final = 64 << 20  # bytes of one request, of which no round trip is noticed
+_MOST_OPEN: Final = 64  # connections of one reader: a rank looks at the shards of all replicas, which may be hundreds
 _TRIES: Final = 2  # of each holder, without a chunk that is good between them
 
 type _Place = tuple[str, int]
@@ -183,9 +184,11 @@ class Copies:
         return memoryview(self._buffer)[:nbytes]
 
     def _channel(self, place: _Place) -> Channel:
-        if place not in self._channels:
-            self._channels[place] = connect(*place, self._secret, self._deadlines)
-        return self._channels[place]
+        channel = self._channels.pop(place, None) or connect(*place, self._secret, self._deadlines)
+        self._channels[place] = channel  # the last one: who was not asked for longest is first
+        if len(self._channels) > _MOST_OPEN:
+            self._disconnect(next(iter(self._channels)))
+        return channel
 
     def _disconnect(self, place: _Place) -> None:
         channel = self._channels.pop(place, None)

@@ -244,6 +244,23 @@ def test_a_connection_serves_all_reads_from_one_holder(
     assert connections == [holders[0].at]
 
 
+def test_no_more_connections_stay_open_than_a_process_may_have(
+    holders: list[Holder],
+    copies: Callable[..., Copies],
+    connections: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading, "_MOST_OPEN", 1)
+    for rank, holder in enumerate(holders):
+        holder.store(rank)
+    read = copies()
+    read.places = {rank: (holder.at,) for rank, holder in enumerate(holders)}
+    for _ in range(2):
+        assert [read.small(rank) for rank in (0, 0, 1)] == [b"small state of 0"] * 2 + [b"small state of 1"]
+        assert [*read._channels] == [holders[1].at]
+    assert connections == [holders[0].at, holders[1].at] * 2
+
+
 def test_a_chunk_is_all_the_memory_that_a_read_takes(holders: list[Holder], copies: Callable[..., Copies]) -> None:
     holders[0].store(0)
     read = copies()
