@@ -330,6 +330,15 @@ def test_where_memory_is_short_one_copy_of_what_is_aside_has_to_do(nodes: list[N
     assert shards.aside(base) == ([0], [])
 
 
+def test_a_start_that_begins_anew_leaves_no_drainer_memory_of_ranks_that_are_elsewhere(nodes: list[Node]) -> None:
+    node = nodes[0]
+    node.begin()
+    node.durability.start_over()
+    node.durability.granted(1, UNIQUE)
+    node.durability.keep_only({1})
+    assert node.durability._drainer._told.keys() == {1}
+
+
 def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[Node]) -> None:
     node = drained[1]
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])

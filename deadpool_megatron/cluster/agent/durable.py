@@ -267,7 +267,7 @@ class NodeDurability:
         self._close_places()
         self._loaded.clear()
         self._jobs.clear()
-        self._granted.clear()
+        self.keep_only(set())
 
     def begin(self, rank: int, epoch: int) -> r.Generation | str | None:
         """What a worker is to begin with; a text when it must not; None while that is not known.
