@@ -232,7 +232,7 @@ def test_a_generation_that_nobody_holds_gives_way_to_the_newest_durable_one_or_t
     drain(it, without=[1, 2])
     code, message = it.end
     assert code == Exit.GENERATION_LOST and it.events("base_lost")[0]["iteration"] == 5
-    assert "nobody holds the shards of ranks 1, 2 of generation 5" in message
+    assert "nobody holds the shards of ranks 1, 2 of generation 5: nodes were lost while the job began anew" in message
     it = job(durable=DURABLE)
     for generation in (100, 200):
         it.commit(generation)

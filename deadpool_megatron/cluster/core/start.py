@@ -162,7 +162,11 @@ class Start:
         if why and self._state.durability.base is not None:
             yield StartOver(why)
         elif why:
-            yield Stop(Exit.GENERATION_LOST, f"more nodes were lost than the redundancy covers: {why}")
+            yield Stop(
+                Exit.GENERATION_LOST,
+                f"{why}: nodes were lost while the job began anew, in which time there are no more copies than are "
+                "left, and there is no parity; restart the job from Megatron's last checkpoint (--load)",
+            )
 
     def over(self, reason: str) -> Answer[bool]:
         """The start begins anew, with a spare for each node that is lost. False: there is none, and the job ends."""
