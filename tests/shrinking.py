@@ -16,7 +16,7 @@ from jobs import EXAMPLE, Job, Jobs, launch_flags
 class Shrinking:
     """A job that loses nodes, and the jobs of its widths that it is compared with.
 
-    ``more``: DeadPool's flags besides, for all of them.
+    ``interval``: it has a durable directory, and drains every so many generations; 0: it has none.
     """
 
     def __init__(
@@ -27,16 +27,18 @@ class Shrinking:
         nodes: int,
         slots: int = 1,
         script: Path = EXAMPLE,
-        more: Sequence[str] = (),
+        interval: int = 0,
     ) -> None:
         self._jobs = jobs
         self._script = script
         self._name = name
-        self._flags = [*flags, *more]
+        self._flags = list(flags)
+        self._store = jobs.directory / f"{name}-store"
         self._nodes = nodes
         self._slots = slots
         self.joined: list[subprocess.Popen[bytes]] = []
-        self.job = self._start(name, nodes, "--deadpool-when-out-of-spares", "shrink")
+        durable = ["--deadpool-durable-dir", str(self._store), "--deadpool-durable-interval", str(interval)]
+        self.job = self._start(name, nodes, "--deadpool-when-out-of-spares", "shrink", *durable * bool(interval))
 
     def _start(self, name: str, nodes: int, *more: str) -> Job:
         alone = ["--alone"] * (nodes == 1)  # the launcher begins none that nothing protects
@@ -91,6 +93,18 @@ class Shrinking:
             assert set(map(str, got)) <= set(map(str, want.exact()))
         assert got[-1] == want.exact()[-1] and self.job.hashes() == want.hashes()
         return events
+
+    def compare_end(self) -> list[int]:
+        """What it trained last, from its newest durable generation on, with a job that begins with that; its widths."""
+        newest = self.job.events("durable")[-1]
+        store = self._jobs.directory / f"{self._name}-newest"
+        store.mkdir()
+        shutil.copytree(self._store / newest["name"], store / newest["name"])
+        nodes = len([*self.job.events("shrunk"), *self.job.events("grown")][-1]["nodes"])
+        want, _ = self._alike(0, nodes, store, None)
+        assert want.exact()[0][0] == newest["iteration"]
+        assert want.exact() == self.job.exact()[-len(want.exact()) :] and self.job.hashes() == want.hashes()
+        return [event["replicas"] for event in self.job.events("iteration")]
 
     def _alike(self, number: int, nodes: int, store: Path | None, end: int | None) -> tuple[Job, Path]:
         """A job of that many nodes, from what is in ``store``, and where its generation ``end`` is durable then."""
