@@ -95,7 +95,7 @@ class _Memory:
     coordinates: list[r.CoordinateInfo]
     waiting: set[int] | None = None  # nodes that have not said what they hold of it; None: nobody was asked
     held: dict[int, r.SetAside] = field(default_factory=dict)
-    again: bool = False  # it could not be read once
+    again: bool = False  # a start with it has failed once
 
     def ask(self, nodes: Iterable[int]) -> None:
         """These are told to set it aside, as a start begins."""
@@ -216,7 +216,7 @@ class Durability:
         self.last_is_over = False
 
     def try_again(self) -> bool:
-        """What is in memory is all there is, and could not be read: once that may have been the fault of who read."""
+        """What is in memory is all there is, and a start with it has failed: once that may have been what passes."""
         memory = self.memory
         if memory is None or memory.again or self._complete or self._recut or self._unsure:
             return False

@@ -13,6 +13,7 @@ from deadpool_megatron.cluster.core.effects import (
     Lose,
     Persist,
     Send,
+    StartOver,
     Stop,
     emit,
 )
@@ -94,6 +95,8 @@ class WorkerEnds:
             end = Lose({record.node}, why) if theirs else Stop(of_script(record.code), why)
             if phase is Phase.STARTING and self._blame.by_a_peer(record):
                 self._suspicions.unless_explained(why, end, now)
+            elif phase is Phase.STARTING and not theirs and self._state.durability.try_again():
+                yield StartOver(why.split("\n")[0])
             else:
                 yield end
         elif self._recoveries.drains:
