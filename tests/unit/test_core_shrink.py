@@ -450,6 +450,18 @@ def come(it: SimulatedJob) -> int:
     return node
 
 
+def test_a_node_that_comes_brings_no_replica_back_before_it_was_found_fit() -> None:
+    """One that has no room for its shards would end the job."""
+    it = narrower(spare_check_s=600.0)
+    node = come(it)
+    it.wait(0.1)
+    it.commit(7)
+    assert it.core.phase is Phase.RUNNING
+    it.feed(r.SpareChecked(node, it.told(r.CheckSpare)[-1].number))
+    it.commit(8)
+    assert it.core.phase is Phase.STARTING and node in it.active
+
+
 def test_a_replica_comes_back_with_a_node_from_the_next_generation_that_all_commit() -> None:
     it = narrower()
     node = come(it)

@@ -42,7 +42,7 @@ class JobState:
 
     def can_grow(self) -> bool:
         """The job has fewer replicas than at first, and more than it has now would fit on the nodes that train and the
-        spares that are parked, fit, and have not failed again and again.
+        spares that are parked, found fit, and have not failed again and again.
 
         What is left to train gets shorter by more than an iteration then: a new start takes longer than that.
         """
@@ -57,7 +57,8 @@ class JobState:
     def _at_hand(self) -> int:
         members = self.members
         trains = [node for node in members.active() if members.nodes[node].role == "active"]
-        ready = [node for node in members.ready_spares() if not members.unfit(node)]
+        looked_at = [n for n in members.ready_spares() if members.nodes[n].checked or not self.job.spare_check_s]
+        ready = [node for node in looked_at if not members.unfit(node)]
         return len(trains) + len([node for node in ready if members.failures(node) < _TOO_OFTEN])
 
     @property
