@@ -1158,6 +1158,14 @@ def says(it: SimulatedJob, node: int, ranks: Sequence[int], constants: Sequence[
     it.feed(r.SetAside(epoch, node, list(ranks), list(constants)))
 
 
+def test_a_rank_that_never_was_is_held_by_nobody() -> None:
+    it = shrinking()
+    for node in (0, 2, 3):
+        says(it, node, [0, 1, 2, 3, 4, -1], [9])
+    told = it.told(r.ResumeAt)[-1].memory
+    assert told.holders == [[0, 2, 3]] * 4 and told.constants == [[]] * 4
+
+
 def test_where_shards_are_is_told_once_all_nodes_have_answered_in_whatever_order() -> None:
     it = shrinking()
     says(it, 3, [3, 0], [3])

@@ -281,7 +281,8 @@ class Durability:
         for node, record in sorted(memory.held.items()):
             for known, ranks in ((holders, record.ranks), (constants, record.constants)):
                 for rank in ranks:
-                    known[rank].append(node)
+                    if 0 <= rank < len(known):  # else it is nonsense
+                        known[rank].append(node)
         generation, lacking = memory.base.generation, [rank for rank, held in enumerate(holders) if not held]
         if not lacking:
             self._resumes_at = r.ResumeAt(
