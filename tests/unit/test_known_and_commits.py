@@ -109,6 +109,18 @@ def test_a_rank_has_committed_nothing_before_its_constants_are_at_their_keepers(
     assert commits.due(of_1) == [], "in a new epoch they may belong elsewhere"
 
 
+def test_a_rank_that_has_become_one_without_constants_waits_for_none() -> None:
+    """Else it would never commit again: of how many replicas a job has follows which stage a rank is."""
+    agent, told = _agent({})
+    agent.from_worker(MagicMock(retired=False), r.ArenaRequest(constants_of(1), 8, 8))
+    slots = [r.SlotAddress(0, 0), r.SlotAddress(0, 1)]
+    agent.from_coordinator(r.Roster(3, slots, VAULTS, 1, anew=True))
+    told.clear()
+    for rank in (0, 1):
+        agent.happened(RankCommitted(rank, 3, 5))
+    assert told == [r.Committed(3, 0, 5)]
+
+
 def test_ranks_that_can_have_no_generation_in_common_any_more_are_told_of_once(job: KnownJob) -> None:
     commits = Commits(job)
     commits.committed(0, 5)

@@ -449,12 +449,14 @@ class Agent:
             return
         self._new_epoch()
         if len(record.assignment) != self._job.world_size:  # it has missed a start with fewer
+            self._commits.start_over()
             recovery.resized()
         recovery.declare(record)
         self._watch.entered(record.epoch, len(self._job.ranks), record.reason)
 
     def _start_over(self, recovery: NodeRecovery) -> None:
         self._new_epoch()
+        self._commits.start_over()
         self._done.clear()
         self._hashes.clear()
         if self._durable is not None:

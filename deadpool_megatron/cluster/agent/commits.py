@@ -71,6 +71,11 @@ class Commits:
             return []
         return [event]
 
+    def start_over(self) -> None:
+        """All workers begin anew, perhaps of other coordinates, and tell what they have: see `has_constants`."""
+        self._with_constants.clear()
+        self.restart()
+
     def restart(self) -> None:
         """A new epoch begins."""
         self._ledger = None
