@@ -109,6 +109,7 @@ def test_a_replica_leaves_with_the_node_that_nobody_replaces_and_the_others_begi
     assert (event["width"], event["was"], event["iteration"], event["lost"]) == (2, 3, 5, [1])
     begin(it)
     assert it.told(r.Placement)[-1].unique_bytes == [1 << 20] * 2 and it.events("training")[-1]["width"] == 2
+    assert [event["planned_bytes"] for event in it.events("training")] == [3 << 20, 2 << 20]
     it.commit(6)
     assert it.core.committed == 6
 

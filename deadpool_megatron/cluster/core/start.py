@@ -284,6 +284,7 @@ class Start:
 
     def train(self, unique_bytes: int) -> Effects:
         """All ranks are about to train for the first time, the last to say so with this plan."""
+        self._snapshots.planned_bytes = self._snapshots.expected_bytes = 0  # those of an earlier start
         for each in self._state.layout.registered():
             self._snapshots.registered(each)
         yield emit(
