@@ -114,16 +114,22 @@ def test_a_replica_leaves_with_the_node_that_nobody_replaces_and_the_others_begi
     assert it.core.committed == 6
 
 
-def test_where_no_node_has_room_for_what_a_lost_one_had_the_copy_that_is_kept_of_it_does() -> None:
-    it = job()
+@pytest.mark.parametrize("leaves", [True, False])
+def test_where_no_node_has_room_for_what_a_lost_one_had_the_copy_that_is_kept_of_it_does(leaves: bool) -> None:
+    it = job(nodes=4)
     it.lose(1)
     it.arrive()
     taken = it.core.assignment[1].node
+    if leaves:  # its copies would go with it
+        it.core.nodes[3].role = "leaving"
     it.feed(r.FetchFailed(it.core.epoch, taken, 1, 2, 5, "rank 1 (own) needs 8 bytes", own=True))
+    if leaves:
+        assert it.core.phase is not Phase.STARTING and it.finish is None
+        return
     assert base(it) == r.Base(1, -1, 5) and it.finish is None and it.core.phase is Phase.STARTING
     answer(it)
     begin(it)
-    assert it.events("shrunk")[-1]["width"] == 2
+    assert it.events("shrunk")[-1]["width"] == 3
 
 
 def test_one_loss_after_the_other_costs_one_replica_each_down_to_one_and_then_the_job_ends() -> None:

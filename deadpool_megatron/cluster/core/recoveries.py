@@ -402,7 +402,8 @@ class Recoveries:
 
     def no_room(self, record: r.FetchFailed) -> Answer[str]:
         """A node has no memory for what a lost one had, which others may have. Why another epoch has to begin."""
-        if self._whole and (yield from self._stay_in_memory(self._generation)):
+        leaves = any(self._state.members.nodes[node].role == "leaving" for node in self.helpers)  # with what it has
+        if self._whole and not leaves and (yield from self._stay_in_memory(self._generation)):
             return ""
         if (record.node, record.rank) in self._full:
             yield self._unsaved()
