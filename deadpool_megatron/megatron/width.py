@@ -175,7 +175,8 @@ class OtherWidth:
         self._with_all_steps(state)
         _put_valid_samples(state["args"], args, source.generation)
         self.small = encode(state)
-        self.constants = self._read(lambda: source.has_constants(self._ranks[0]))
+        same = [c.rank for c in alike if c.ep == ep]  # what never changes is alike on all of these
+        self._with_constants = self._read(lambda: next(filter(source.has_constants, same), None))
 
     def _compare(self, manifest: Manifest, args: Mapping[str, Any]) -> str:
         job = msgspec.json.decode(describe_job(args))
@@ -215,15 +216,20 @@ class OtherWidth:
 
     def fill_constants(self, plan: ShardPlan) -> None:
         """Likewise of parameters that no optimizer holds."""
-        if not self.constants:
+        if self._with_constants is None:
             return
-        holder = constants_of(self._ranks[0])
+        holder = constants_of(self._with_constants)
         layout = self._read(lambda: self._source.layout(holder))
         there, here = ({item.name: (item.dtype, item.shape) for item in of.items} for of in (layout, layout_of(plan)))
         if there != here:
             raise self._not_fit("it has other frozen parameters")
         with _into(plan) as put:
             self._read(lambda: read_whole(self._source, holder, layout, put))
+
+    @property
+    def constants(self) -> bool:
+        """See above."""
+        return self._with_constants is not None
 
     def close(self) -> None:
         """Everything is read."""

@@ -330,6 +330,17 @@ def test_where_memory_is_short_one_copy_of_what_is_aside_has_to_do(nodes: list[N
     assert shards.aside(base) == ([0], [])
 
 
+def test_each_node_asks_itself_first_and_then_another_one_than_its_neighbours(nodes: list[Node]) -> None:
+    base, vaults = r.Base(0, 0, 5), {node: r.Address(str(node), 1) for node in range(4)}
+    memory = r.InMemory(base, [r.CoordinateInfo(0, 0, 0, 0)], [[0, 2, 3]], [[]])
+    first = []
+    for node in nodes:
+        node.shards.set_aside(base)
+        told = node.shards.places(r.ResumeAt(5, memory=memory), vaults)
+        first.append([at.host for at in told.holders[0]])
+    assert first == [["0", "2", "3"], ["2", "3", "0"]]
+
+
 def test_a_start_that_begins_anew_leaves_no_drainer_memory_of_ranks_that_are_elsewhere(nodes: list[Node]) -> None:
     node = nodes[0]
     node.begin()

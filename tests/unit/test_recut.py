@@ -376,6 +376,20 @@ def test_copies_of_what_a_device_holds_have_to_be_the_same_ones(
         other.fill(ShardPlan([*tensors.items()]), [], None)
 
 
+@pytest.mark.usefixtures("first_of_two")
+def test_what_never_changes_comes_from_whichever_replica_has_it() -> None:
+    copies = CopiesInMemory(3)
+    for rank in (0, 1):
+        del copies.places[constants_of(rank)]
+    frozen = torch.zeros(4, 6, dtype=torch.uint8)
+    other = OtherWidth(in_memory(copies, 3), ARGS)
+    assert other.constants
+    other.fill_constants(ShardPlan([("frozen", frozen)]))
+    assert bytes(frozen.flatten().tolist()) == CONSTANTS and copies.asked[-1][0] == constants_of(2)
+    del copies.places[constants_of(2)]
+    assert not OtherWidth(in_memory(copies, 3), ARGS).constants
+
+
 def test_a_copy_that_cannot_be_read_is_told_of_with_the_reason(
     first_of_two: tuple[ShardPlan, dict[str, torch.Tensor], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -327,7 +327,12 @@ class Shards:
         assert at.memory is not None and self._base is not None
         nodes = dict(enumerate(at.memory.holders))
         nodes |= {constants_of(rank): there for rank, there in enumerate(at.memory.constants) if there}
-        places = {holder: [vaults[node] for node in there if node in vaults] for holder, there in nodes.items()}
+        # Each node asks first what it has itself, and else others than its neighbours do.
+        order = lambda node: (node - self.node) % (max(vaults) + 1)  # noqa: E731
+        places = {
+            holder: [vaults[node] for node in sorted(there, key=order) if node in vaults]
+            for holder, there in nodes.items()
+        }
         self._twice = {holder for holder, there in nodes.items() if there[owner_of(holder) % len(there)] != self.node}
         base = at.memory.base
         return r.InVaults(self._secret, self.vault.epoch, base.epoch, base.generation, at.memory.coordinates, places)
