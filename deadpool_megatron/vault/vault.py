@@ -242,7 +242,7 @@ class Vault:
             base: under which it is found: its generation, and the epoch in which it was chosen.
             written: the epoch of the versions; -1: whichever a rank has of that generation, of no later epoch.
 
-        Tell the new epoch before, and `checksum` what workers have left. Returns `aside`.
+        Tell the new epoch before. Returns `aside`.
         """
         base = Version(*base)
         gone: list[Arena] = []

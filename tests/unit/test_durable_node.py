@@ -34,7 +34,16 @@ from deadpool_megatron.durable import (
     split_small,
     trailer_of,
 )
-from deadpool_megatron.vault import Arena, SlotWriter, VaultFull, Version, small_capacity
+from deadpool_megatron.vault import (
+    CONSTANT,
+    Arena,
+    ConstantsWriter,
+    SlotWriter,
+    VaultFull,
+    Version,
+    constants_of,
+    small_capacity,
+)
 from waiting import until
 
 UNIQUE = 1 << 20
@@ -119,6 +128,23 @@ def drained(nodes: list[Node]) -> list[Node]:
     nodes[0].shards.vault.set_committed(0, 5)
     nodes[0].durable(5, NAME)
     return nodes
+
+
+def test_constants_that_no_vault_has_any_more_come_from_the_durable_directory(nodes: list[Node]) -> None:
+    first, second = nodes
+    first.begin()
+    layout = Layout(64, "constants", (Item("frozen", "U8", (64,), 0, 64),))
+    writer = ConstantsWriter(first.shards.allocate(constants_of(0), 64, 1000))
+    assert writer.begin(trailer_of(layout)) is not None
+    writer.buffer[:] = 7
+    writer.complete()
+    assert first.capture(5) == [True, True] and first.shards.vault.checksum(constants_of(0))
+    first.shards.vault.set_committed(0, 5)
+    first.durable(5, NAME)
+    writer.close()
+    assert second.shards.durable_constants is not None
+    second.shards.durable_constants(0, 0)
+    assert bytes(second.shards.vault.find(constants_of(0), CONSTANT)[1].unique) == bytes([7]) * 64
 
 
 def test_slots_stay_from_the_order_to_drain_until_they_are_copied_out(nodes: list[Node]) -> None:

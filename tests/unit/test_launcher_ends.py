@@ -116,6 +116,22 @@ def test_a_state_of_another_version_ends_the_job_in_one_line_that_says_what_to_d
     store.close()
 
 
+def test_a_coordinator_that_goes_on_looks_for_durable_generations_of_the_width_that_the_job_has(tmp_path: Path) -> None:
+    store = open_store(EMBEDDED, str(tmp_path), "job")
+    guard = Leadership(store, 2.0).take()
+    assert guard is not None
+    state = SimulatedJob(2, 0, 1).train().core.dump()
+    state["members"]["world_size"] = 1
+    Memory(store, guard).begin(state)
+    at_first: Any = SimpleNamespace(
+        store=(EMBEDDED, "job"), run_dir=str(tmp_path), guard=guard, job=JobSpec(2, 0, 1, True, DEADLINES)
+    )
+    for resume, width in ((True, 1), (False, 2)):
+        at_first.resume = resume
+        assert node._world_size(at_first) == width
+    store.close()
+
+
 def test_a_coordinator_whose_run_directory_hangs_goes_on(tmp_path: Path) -> None:
     settings = CoordinatorSettings("h", "h", 1, bytes(32), str(tmp_path), job_id="job")
     hub = MagicMock(port=1, refused=0)

@@ -302,8 +302,10 @@ class Shards:
         self._replicator.keep_only(own)
 
     def set_aside(self, base: r.Base) -> None:
-        """Keep what is here of ``base`` until `Vault.let_go`, out of the way of all else, which is dropped."""
-        self.holdings()  # what workers have left is checksummed
+        """Keep what is here of ``base`` until `Vault.let_go`, out of the way of all else, which is dropped.
+
+        Where it is complete, that is: what workers have left without checksums is none of it.
+        """
         self.vault.set_aside(Version(base.epoch, base.generation), base.version_epoch)
         self._base, self._twice = base, set()
 
