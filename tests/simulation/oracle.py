@@ -220,7 +220,7 @@ class Oracle:
         with contextlib.suppress(KeyError, msgspec.DecodeError):  # it has been removed, or a fault has changed it
             written = msgspec.json.decode(self._cluster.directory.data[f"{base[1]}/{MANIFEST}"])["epoch"]
         before = next(era for era in reversed(self._eras) if era.epoch <= written).at(base[0])
-        values = [self.recut(before, rank) for rank in range(len(core.assignment))]
+        values = [self.recut(before, rank, len(core.assignment)) for rank in range(len(core.assignment))]
         self._eras.append(_Era(epoch, base[0], [values]))
         newest = self.safe or self._base
         self._base = newest if memory is not None and newest is not None and newest.generation == base[0] else None
@@ -230,8 +230,10 @@ class Oracle:
         self._since, self._since_s = 0, self._cluster.world.now
 
     @staticmethod
-    def recut(values: Sequence[int], rank: int) -> int:
-        """What a rank has of a generation of another number of ranks."""
+    def recut(values: Sequence[int], rank: int, ranks: int) -> int:
+        """What one of so many ranks has of a generation, perhaps of another number of them."""
+        if ranks == len(values):  # where a node has come since the job was to begin with fewer
+            return values[rank]
         return (sum(values) * 31 + rank * 7919 + 1) & _MASK
 
     @staticmethod

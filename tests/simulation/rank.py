@@ -635,7 +635,7 @@ class Rank:
                     yield from self._refuse(agreed, str(err))
                 yield 0.5, None
         assert all(generation == agreed.generation for generation, _ in states), "wrong shards"
-        self.value = cluster.oracle.recut([value for _, value in states], self.rank)
+        self.value = cluster.oracle.recut([value for _, value in states], self.rank, cluster.oracle.ranks(self.joined))
         self.live = self._small_generation = agreed.generation
         cluster.oracle.restored(self, agreed.generation)
 
