@@ -16,6 +16,7 @@ from .format import (
     Manifest,
     Piece,
     ShardFile,
+    described,
     differing,
     directory_name,
     not_fit,
@@ -32,6 +33,7 @@ from .store import Store, open_store
 
 __all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "DirectorySource", "Done", "Drain", "DrainerProcess"]
 __all__ += ["DurableError", "Item", "Layout", "Lease", "Manifest", "NoRoom", "NotFit", "Piece", "Seal", "ShardFile"]
-__all__ += ["Source", "Stage", "Staged", "Store", "Survey", "Take", "Unreachable", "Unreadable", "begin", "differing"]
-__all__ += ["directory_name", "fills", "find", "go_on", "load_constants", "load_shards", "not_fit", "open_store"]
-__all__ += ["read_manifest", "read_recut", "read_whole", "settings_note", "split_small", "this_process", "trailer_of"]
+__all__ += ["Source", "Stage", "Staged", "Store", "Survey", "Take", "Unreachable", "Unreadable", "begin", "described"]
+__all__ += ["differing", "directory_name", "fills", "find", "go_on", "load_constants", "load_shards", "not_fit"]
+__all__ += ["open_store", "read_manifest", "read_recut", "read_whole", "settings_note", "split_small", "this_process"]
+__all__ += ["trailer_of"]

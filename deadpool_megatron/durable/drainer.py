@@ -24,7 +24,7 @@ from deadpool_megatron.vault import CONSTANT, Arena, ChecksumMismatch, NotHeld, 
 
 from .errors import Cancelled, DurableError
 from .files import prune, remove_attempt, seal, write_constants, write_shard
-from .format import ConstantsFile, Layout, ShardFile, generation_of, split_small
+from .format import ConstantsFile, ShardFile, described, generation_of
 from .lease import check_owner
 from .orders import DEAF_TO, Answer, Cancel, Done, Drain, Order, Seal, Stage, Staged, Take, Unstage
 from .staging import Staging
@@ -160,7 +160,7 @@ class _Drainer:
             if generation is None:
                 raise DurableError(f"{order.name} is no name of a generation")
             for take, staging in zip(order.shards, ready, strict=True):
-                small, layout = described(staging.small, take.rank)
+                small, layout = described(staging.small, f"rank {take.rank}'s copy")
                 shard = write_shard(
                     store,
                     order.name,
@@ -201,7 +201,8 @@ class _Drainer:
             arena = Arena.attach(take.constants)
             try:
                 slot = constants_in(arena, take.rank)
-                _, layout = described(bytes(slot.small[: slot.small_bytes]), take.rank)
+                stored = bytes(slot.small[: slot.small_bytes])
+                _, layout = described(stored, f"rank {take.rank}'s copy")
                 known = self._kept[take.constants] = write_constants(store, layout, slot.unique, moved)
             finally:
                 arena.close()
@@ -224,14 +225,6 @@ class _Drainer:
         except Exception as err:  # noqa: BLE001 - see `work`
             problems = [f"old generations in {store.root} could not be removed: {err}"]
         self._tell(Done(name, True, problems=tuple(problems)))
-
-
-def described(small: bytes, rank: int) -> tuple[bytes, Layout]:
-    """The small state of a copy, and what the copy consists of. Raises DurableError."""
-    state, layout = split_small(small)
-    if layout is None:
-        raise DurableError(f"rank {rank}'s copy does not say what it consists of")
-    return state, layout
 
 
 def constants_in(arena: Arena, rank: int) -> Slot:

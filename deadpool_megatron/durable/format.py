@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgspec
 import xxhash
 
-from .errors import Damaged
+from .errors import Damaged, DurableError
 
 FORMAT: Final = "deadpool-durable/1"
 MANIFEST: Final = "manifest.json"
@@ -224,6 +224,14 @@ def split_small(stored: bytes) -> tuple[bytes, Layout | None]:
         return stored[:begin], msgspec.json.decode(zlib.decompress(stored[begin:end]), type=Layout)
     except (zlib.error, msgspec.MsgspecError) as err:
         raise Damaged(f"what a shard consists of cannot be read: {err}") from None
+
+
+def described(stored: bytes, what: str) -> tuple[bytes, Layout]:
+    """As `split_small`, of a copy (``what``, in words) that has to say what it consists of. Raises DurableError."""
+    small, layout = split_small(stored)
+    if layout is None:
+        raise DurableError(f"{what} does not say what it consists of")
+    return small, layout
 
 
 # ---- one shard's file

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.durable import DurableError, Layout, Manifest, split_small
+from deadpool_megatron.durable import Layout, Manifest, described
 from deadpool_megatron.vault import Copies, Version, constants_of
 
 
@@ -55,10 +55,7 @@ class MemorySource:
 
     def _described(self, holder: int) -> tuple[bytes, Layout]:
         if holder not in self._smalls:
-            small, layout = split_small(self._copies.small(holder))
-            if layout is None:
-                raise DurableError(f"the copy of holder {holder} does not say what it consists of")
-            self._smalls[holder] = small, layout
+            self._smalls[holder] = described(self._copies.small(holder), f"the copy of holder {holder}")
         return self._smalls[holder]
 
 

@@ -29,9 +29,9 @@ from deadpool_megatron.durable import (
     Staged,
     Take,
 )
-from deadpool_megatron.durable.drainer import constants_in, described
+from deadpool_megatron.durable.drainer import constants_in
 from deadpool_megatron.durable.files import prune, remove_attempt, seal, write_constants, write_shard
-from deadpool_megatron.durable.format import MANIFEST, ConstantsFile, generation_of
+from deadpool_megatron.durable.format import MANIFEST, ConstantsFile, described, generation_of
 from deadpool_megatron.durable.lease import Owner, _decode, _encode, check_owner
 from deadpool_megatron.durable.orders import Unstage
 from deadpool_megatron.durable.staging import Staging
@@ -304,7 +304,7 @@ class _Drainer(DrainerProcess):
             assert generation is not None
             take = order.shards[index]
             staging = self._staging[take.rank]
-            small, layout = described(staging.small, take.rank)
+            small, layout = described(staging.small, f"rank {take.rank}'s copy")
             shard = write_shard(store, order.name, staging.rank, generation, layout, staging.unique, small)
             constants = self._constants(store, take)
             shards.append(msgspec.structs.replace(shard, constants=constants))
@@ -327,7 +327,8 @@ class _Drainer(DrainerProcess):
             if arena is None:
                 raise DurableError(f"the memory of rank {take.rank}'s constants is gone")
             slot = constants_in(arena, take.rank)
-            _, layout = described(bytes(slot.small[: slot.small_bytes]), take.rank)
+            stored = bytes(slot.small[: slot.small_bytes])
+            _, layout = described(stored, f"rank {take.rank}'s copy")
             known = self._kept[take.constants] = write_constants(store, layout, slot.unique)
         return known
 
