@@ -63,7 +63,7 @@ class Quiet:
         counts = self._release.operations(backend)
         if counts is None or counts[0] != counts[1]:
             return "point-to-point"
-        if self._release.busy(backend):
+        if self._release.busy(backend) != set():
             return "busy"
         # Exactly: a socket of a connection attempt given up, or of another group, may be among those that were noted.
         if len(record.connections & established) != (len(record.ranks) - 1) * len(record.devices):

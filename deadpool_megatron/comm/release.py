@@ -79,14 +79,16 @@ class Release:
 
     def end_collective(self, backend: Any, this: int) -> None:
         """End the waits for a collective that `busy` found, if it is still there."""
-        if this in self.busy(backend):
+        if this in (self.busy(backend) or ()):
             self._end_collective(this)
 
     def _end_collective(self, this: int) -> None:
         self._finish(ctypes.c_void_p(this), ctypes.byref(self._exception.copy()))
 
-    def busy(self, backend: Any) -> set[int]:
-        """Addresses of the collectives this ProcessGroupGloo has queued or in progress."""
+    def busy(self, backend: Any) -> set[int] | None:
+        """Addresses of the collectives this ProcessGroupGloo has queued or in progress. None where that cannot be seen:
+        in an unknown build of torch, or just now, since one of its threads is putting down what it has finished (it
+        frees a work before it forgets its address)."""
         words = self._memory.words(pointee(backend), _BACKEND_WORDS)
         offsets = range(len(words)) if self._queue_at is None else (self._queue_at,)
         for at in offsets:
@@ -99,7 +101,7 @@ class Release:
             if all(self._type(this) == _ASYNC for this in found):
                 self._queue_at = at
                 return found
-        return set()
+        return None
 
     def operations(self, backend: Any) -> tuple[int, int] | None:
         """(operations begun, collectives among them) of this ProcessGroupGloo since its connections were made. The

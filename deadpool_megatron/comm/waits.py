@@ -93,7 +93,10 @@ class Waits:
         busy: dict[int, Any] = {}
         forced: dict[int, Any] = {}
         while (now := time.monotonic()) < deadline:
-            before, busy = busy, {this: backend for backend in gloo_backends for this in self.release.busy(backend)}
+            before, busy = (
+                busy,
+                {this: backend for backend in gloo_backends for this in self.release.busy(backend) or ()},
+            )
             found.update(inside := dict(self._inside))
             if not inside and busy.keys() <= forced.keys():
                 break

@@ -86,7 +86,7 @@ class Worker:
     def idle(self) -> None:
         """Until Gloo's threads have put down what is finished: that takes a moment longer than the wait for it."""
         busy = self.comm._waits.release.busy
-        until(lambda: not any(busy(backend_of(r, "gloo")) for r in self.comm.groups()), "idle threads", 0.001)
+        until(lambda: all(busy(backend_of(r, "gloo")) == set() for r in self.comm.groups()), "idle threads", 0.001)
 
     def meet(self, name: str, count: int | None = None) -> None:
         """Barrier over the store, for the tests' own order; not a communicator."""

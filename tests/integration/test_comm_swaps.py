@@ -109,7 +109,7 @@ def twenty_four_groups(worker: Worker) -> dict[str, object]:
         worker.meet(f"keep/{epoch}")
         worker.comm.abort()
         report = worker.comm.reform(epoch, worker.store)
-        assert report.reformed == 0
+        assert report.reformed == 0, str(report)
         kept.append(report.seconds)
     return {"made": made, "seconds": seconds, "seen": seen, "kept": kept}
 
