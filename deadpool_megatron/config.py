@@ -69,6 +69,12 @@ class DeadpoolConfig:
         "memory of a device), device (a context there), or coordinate (the model too: as much memory as the worker)",
         ("none", "imports", "device", "coordinate"),
     )
+    warm_server: str = _setting(
+        "auto",
+        "a process of each node that has made the imports of workers, and forks fresh ones: on, off, or auto (with "
+        "--deadpool-when-out-of-spares shrink and with --deadpool-standby-workers)",
+        ("auto", "on", "off"),
+    )
     spare_check: float = _setting(
         600.0,
         "seconds from one check of a parked spare node (device, a short computation and copy, memory, its links) to "
@@ -249,6 +255,12 @@ class DeadpoolConfig:
             raise ConfigError("--deadpool-export needs --deadpool-resume: auto, or the number of a generation")
 
     @property
+    def wants_warm_server(self) -> bool:
+        """What ``warm_server`` comes to."""
+        needs = self.when_out_of_spares == "shrink" or self.standby_workers != "none"
+        return self.deadpool and (self.warm_server == "on" or (self.warm_server == "auto" and needs))
+
+    @property
     def drain_sources(self) -> list[str]:
         """The entries of ``drain_from``."""
         return [entry.strip() for entry in self.drain_from.split(",") if entry.strip()]
@@ -286,6 +298,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_DOORBELL_FD",
     "DEADPOOL_PULSE_FD",
     "DEADPOOL_MUSTER_FD",
+    "DEADPOOL_ORDERS_FD",
     "DEADPOOL_STACKS_FILE",
     "DEADPOOL_AGENT_PID",
     "DEADPOOL_ADOPTED",

@@ -36,6 +36,7 @@ from deadpool_megatron.cluster.agent.workers import (
     DOORBELL_FD,
     EMULATE,
     EPOCH,
+    ORDERS_FD,
     PARENT_PID,
     REHEARSES,
     STACKS_FILE,
@@ -44,6 +45,7 @@ from deadpool_megatron.cluster.agent.workers import (
 )
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.output import never_fails
+from deadpool_megatron.warm import orders_of, serve
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
@@ -94,18 +96,20 @@ def _run_script(script: str, module: str, arguments: list[str]) -> None:
         runpy.run_path(script, run_name="__main__")
 
 
-def _rendezvous_under(prefix: str) -> None:
-    """The start of the job begins anew: workers of the one before may have left their addresses in the store.
+def _rendezvous_under(epoch: int) -> None:
+    """In which the job begins; not 0 where it begins anew: workers of before may have left addresses in the store.
 
     Torch has a new store for each start, and so no prefix of its own (`rendezvous._create_c10d_store`).
     """
     from torch.distributed import PrefixStore, Store
 
+    if not epoch:
+        return
     rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package has a function of that name
     create: Callable[..., Store] = rendezvous._create_c10d_store
 
     def created(*args: Any, **kwargs: Any) -> Store:
-        return PrefixStore(prefix, create(*args, **kwargs))
+        return PrefixStore(f"deadpool/epoch-{epoch}", create(*args, **kwargs))
 
     rendezvous._create_c10d_store = created
 
@@ -137,8 +141,7 @@ def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
             communicators.begin_reform(epoch, store)
 
     begins = int(os.environ.get(EPOCH, "0"))
-    if begins:
-        _rendezvous_under(f"deadpool/epoch-{begins}")
+    _rendezvous_under(begins)
     session = Session(int(os.environ[CONTROL_FD]), end_epochs_before, begin_to_form, begins)
 
     def place() -> tuple[str, int]:
@@ -160,7 +163,8 @@ def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
 
 
 def _park(hooks: Hooks, script: str, rehearses: str | None) -> None:
-    """Make warm what may be warm, and become the coordinate that this worker is given.
+    """Make warm what may be warm, and become the coordinate that this worker is given: of a job that trains, or of one
+    that begins anew.
 
     Who rehearses one goes on as soon as the job trains: the script comes to where it waits for its state to be there.
     """
@@ -182,6 +186,12 @@ def _park(hooks: Hooks, script: str, rehearses: str | None) -> None:
         os.environ["RANK"] = str(taken.rank)
         if taken.world_size:  # fewer than when this process was started, perhaps
             os.environ["WORLD_SIZE"] = str(taken.world_size)
+        if taken.environment:
+            os.environ.update(taken.environment)
+            _rendezvous_under(taken.epoch)
+            session.begin(taken.epoch)
+            hooks.communicators.begin()
+            hooks.standby = False
     else:
         known.join()
         os.environ["RANK"] = rehearses
@@ -251,11 +261,17 @@ def _place(error: BaseException) -> str:
     return f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno}"
 
 
-def main() -> int:
+def _begin() -> None:
     _die_with_agent()
     never_fails()
     _show_stacks_when_asked()
     notices.ignored()
+
+
+def main() -> int:
+    orders = orders_of(ORDERS_FD)
+    if orders is None:
+        _begin()
     module = sys.argv.pop(2) if sys.argv[1] == "-m" else ""
     script, arguments = sys.argv[1], sys.argv[2:]
     # As `python script` has it, and from now on: a checkout's megatron comes before an installed one.
@@ -266,11 +282,14 @@ def main() -> int:
         from deadpool_megatron.launcher.plan import module_file
 
         script = module_file(module)
-    standby = "RANK" not in os.environ
     if os.environ.get(EMULATE):
         from deadpool_megatron import emulation
 
         emulation.install()
+    if orders is not None:
+        serve(orders, script)
+        _begin()
+    standby = "RANK" not in os.environ
     if os.environ.get(MODE) != "deadpool":
         with _recorded():
             _run_script(script, module, arguments)

@@ -28,6 +28,7 @@ from typing import IO, Any, BinaryIO
 import msgspec
 
 from deadpool_megatron.cluster.agent import workers
+from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.launcher import processes
 
 # The server's UNIX socket, in the environment of what it starts. Not DEADPOOL_...: no setting of the product.
@@ -180,6 +181,8 @@ def install() -> None:
     if FORK_SERVER in os.environ:
         processes.start_node = _start_node
         workers.start_process = _start_worker
+        # All have their imports already, and a child of this server's child would not be the agent's.
+        DeadpoolConfig.wants_warm_server = property(lambda self: False)  # type: ignore[assignment,method-assign]
 
 
 if __name__ == "__main__":

@@ -250,6 +250,15 @@ class Communicators:
             if record.real and kind in record.backend_of_device.values()
         ]
 
+    def begin(self) -> None:
+        """A standby that has made no group yet becomes a process like others: its groups are real from the first on.
+
+        Raises CommunicatorError when it has made some.
+        """
+        if self._table.records:
+            raise CommunicatorError("a standby that has made process groups joins the others by reform, not by begin")
+        self._standby = False
+
     def prepare(self, store: Store) -> None:
         """Connect to the store's server now, so that a later `reform` with this store need not. Optional; call it
         once at start (any thread; may block for seconds on a slow name server). `reform` keeps it up from then on."""

@@ -35,7 +35,7 @@ _LOOK_S, _AGAIN_S = 5.0, 1.0  # between looks whether it is still there; until a
 
 def warm_up(script: str, host: Host) -> None:
     """Import what the script imports, bring up the device, and run once what is slow the first time."""
-    _import_all(script)
+    import_script(script)
     _bring_up(host)
 
 
@@ -57,7 +57,7 @@ class WarmUp:
     def begin(self) -> None:
         """All that may be warm at once."""
         with self._one_at_a_time:
-            _import_all(self._script)
+            import_script(self._script)
             if not self._host.brings_environment:
                 _bring_up(self._host, self._device)
 
@@ -77,7 +77,8 @@ class WarmUp:
             self._taking_over = True
 
 
-def _import_all(script: str) -> None:
+def import_script(script: str) -> None:
+    """Import what it imports at its top level, where that is there."""
     for name in _imports_of(script):
         with contextlib.suppress(ImportError):  # the script may import it only under a condition
             importlib.import_module(name)
@@ -187,18 +188,30 @@ def follow_job(store: Callable[[], Store], learn: Callable[[RunningJob], None]) 
     def work() -> None:
         while True:
             with contextlib.suppress(RuntimeError):  # the server is away, or has moved
-                client = store()
-                client.wait([_KEY], _PARKED)
-                job = _for_all_to_read(msgspec.json.decode(client.get(_KEY), type=RunningJob))
+                job = _running_job(store(), _PARKED)
                 break
             time.sleep(_AGAIN_S)
         learn(job)
-        for name in job.modules:
-            if name not in sys.modules:
-                # A module may refuse here what it accepted there (another platform, an option): then it stays cold.
-                with contextlib.suppress(ImportError, RuntimeError, AttributeError):
-                    importlib.import_module(name)
+        _import_modules(job)
 
     thread = threading.Thread(target=work, name="deadpool-warm", daemon=True)
     thread.start()
     return thread
+
+
+def import_what_trains(store: Store) -> None:
+    """Import what workers that train have imported. Raises RuntimeError when the store does not tell in its time."""
+    _import_modules(_running_job(store, store.timeout))
+
+
+def _running_job(store: Store, within: timedelta) -> RunningJob:
+    store.wait([_KEY], within)
+    return _for_all_to_read(msgspec.json.decode(store.get(_KEY), type=RunningJob))
+
+
+def _import_modules(job: RunningJob) -> None:
+    for name in job.modules:
+        if name not in sys.modules:
+            # A module may refuse here what it accepted there (another platform, an option): then it stays cold.
+            with contextlib.suppress(ImportError, RuntimeError, AttributeError):
+                importlib.import_module(name)

@@ -222,6 +222,12 @@ class Session:
                 self._news.wait()
             return self._take_over
 
+    def begin(self, epoch: int) -> None:
+        """This worker begins with the job, in this epoch, and was parked before."""
+        with self._news:
+            self.declared_epoch = max(self.declared_epoch, epoch)
+            self.joined_epoch = epoch
+
     def wait_declared(self, deadline_s: float) -> r.Declare | None:
         """The newest epoch this worker has not joined; None when none was declared within ``deadline_s`` seconds."""
         return self._declared if self.wait_newer(self.joined_epoch, deadline_s) else None

@@ -140,6 +140,15 @@ class _Processes(WorkerProcesses):
     def all_started(self) -> None:
         return
 
+    def of_job(self, rank: int | None) -> dict[str, str]:
+        return {"RANK": str(rank)}
+
+    def keep_warm(self, calm: bool) -> bool:
+        return True
+
+    def close(self) -> None:
+        return
+
     def start(self, local: int, rank: int | None, rehearses: int | None = None, standby: bool = False) -> Worker:
         host = self._host
         pid = host.cluster.new_pid()

@@ -250,6 +250,11 @@ class Rank:
             yield from self._wait(lambda: self._taken is not None)
             assert self._taken is not None and rehearses in (None, self._taken.rank)
             self.rank = self._taken.rank
+            rejoining = not self._taken.environment
+        if not rejoining and self._taken is not None:
+            self.joined = self.groups = self._resumed = self._taken.epoch
+            self.declared_epoch = max(self.declared_epoch, self.joined)
+        if rejoining:
             if rehearses is None:
                 yield from self._pause(0.05, 0.3)
             if self.world.chance.random() < 0.7:

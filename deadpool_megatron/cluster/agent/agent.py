@@ -141,8 +141,8 @@ class Agent:
         """Call often. ``connected``: to the coordinator."""
         if self._durable is not None:
             self._durable.look()
-        if self._recovery is not None and self._crew.standbys.asked:
-            self._crew.standbys.look(self._crew.workers.values(), self._recovery.calm, self._clock())
+        if self._recovery is not None:
+            self._crew.look(self._recovery.calm, self._clock())
             if self._crew.standbys.pids() != self._standbys:
                 self._tell_standbys()
         if self._lookout is not None and (why := self._lookout.look(connected)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from deadpool_megatron.cluster.agent.known import KnownJob
-from deadpool_megatron.cluster.agent.standbys import Standbys
+from deadpool_megatron.cluster.agent.standbys import CALM_S, Standbys
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
 
@@ -38,6 +38,7 @@ class Crew:
         self.workers: dict[int, Worker] = {}
         self.beside: list[Worker] = []
         self.standbys = Standbys(job, processes, standby, self.beside)
+        self._calm_since: float | None = None
 
     # ---- the processes
 
@@ -47,6 +48,14 @@ class Crew:
         for local in range(slots):
             self.workers[local] = self._processes.start(local, self._job.ranks.get(local))
         self._processes.all_started()
+
+    def look(self, calm: bool, now: float) -> None:
+        """Start what is to be beside the workers; call often. ``calm``: those that hold coordinates here all train."""
+        calm = calm and (bool(self._job.ranks) or all(each.parked for each in self.workers.values()))
+        self._calm_since = (now if self._calm_since is None else self._calm_since) if calm else None
+        warm = self._processes.keep_warm(self._calm_since is not None and now - self._calm_since >= CALM_S)
+        if warm and self.standbys.asked:
+            self.standbys.look(self.workers.values(), calm, now)
 
     def located(self, worker: Worker, numa: int) -> set[int]:
         """A worker has its device on NUMA node ``numa``; the processors that the agent is bound to now, or none."""
@@ -78,12 +87,22 @@ class Crew:
         there = self.standbys.take(local) if rank is None else None
         self.workers[local] = there or self._processes.start(local, rank)
 
-    def start_over(self) -> None:
-        """The start begins anew: fresh processes wherever there is a coordinate, or was one."""
+    def start_over(self) -> list[tuple[Worker, dict[str, str]]]:
+        """The start begins anew: with fresh processes wherever there was a coordinate, or is one that no parked worker
+        can begin with. Those that do hold it from now on, and are to be told, with what they need in their environment.
+        """
         self._end(each for each in self.beside if each.local in self._job.ranks or each.standby)
+        out: list[tuple[Worker, dict[str, str]]] = []
         for local, worker in list(self.workers.items()):
-            if worker.rank is not None or local in self._job.ranks:
+            rank = self._job.ranks.get(local)
+            idle = worker.parked and worker.rank is None and not worker.retired and not worker.exited
+            if idle and rank is not None and not self._processes.adopted(local):
+                worker.rank, worker.parked = rank, False
+                self._processes.link_log(worker, rank)
+                out.append((worker, self._processes.of_job(rank)))
+            elif worker.rank is not None or rank is not None:
                 self.renew(local)
+        return out
 
     def idle(self) -> list[Worker]:
         """Those that are parked and hold no coordinate."""
@@ -166,6 +185,7 @@ class Crew:
         """End all workers; see `WorkerProcesses.end`. Blocks until they have."""
         self._processes.end(self.beside, True, told)  # these have nothing to finish
         self._processes.end(self.workers.values(), at_once, told)
+        self._processes.close()
         for worker in (*self.workers.values(), *self.beside):
             worker.close()
 

@@ -88,7 +88,9 @@ class NodeRecovery:
         self._holding = False
         self._shards.server.set_epoch(self._job.epoch)
         self._upkeep.replan(sizes_known=False)
-        self._crew.start_over()
+        for worker, environment in self._crew.start_over():
+            assert worker.rank is not None
+            worker.send(r.TakeOver(self._job.epoch, worker.rank, self._job.world_size, environment))
         for worker in self._crew.idle():  # which the coordinator may not count, where the node had coordinates
             self._send(r.WorkerReady(self._job.node, worker.local, worker.pid))
 
@@ -314,8 +316,10 @@ class NodeRecovery:
         """A worker has come to a step; the coordinator hears of it when all here have."""
         epoch, node = self._job.epoch, self._job.node
         if record.step == "parked":
-            first, worker.parked, worker.numa = not worker.parked, True, record.numa
+            worker.numa = record.numa
+            first = not worker.parked and worker.rank is None  # one that has begun with the job since says it late
             if first:
+                worker.parked = True
                 self._send(r.WorkerReady(node, worker.local, worker.pid))
                 self.take_over()
                 self._crew.rehearse()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.pinning import Pinning
 from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.settings import AgentSettings
+from deadpool_megatron.cluster.agent.warm_server import WarmServer
 from deadpool_megatron.cluster.agent.workers import (
     BEGAN,
     EMULATE,
@@ -29,6 +31,7 @@ from deadpool_megatron.cluster.agent.workers import (
     STANDBY,
     Worker,
     end_group,
+    output,
     start_worker,
 )
 from deadpool_megatron.output import Aside
@@ -67,6 +70,8 @@ class WorkerProcesses:
         self._adoption = Adoption(settings.adopt) if settings.adopt else None
         self._muster = shared_page("muster")
         self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
+        wanted = settings.config.wants_warm_server and not settings.adopt
+        self._warm = WarmServer(settings.command) if wanted else None
 
     @property
     def share_devices(self) -> bool:
@@ -79,21 +84,9 @@ class WorkerProcesses:
 
     def start(self, local: int, rank: int | None, rehearses: int | None = None, standby: bool = False) -> Worker:
         """Start the worker of a slot, or take it in; or one that rehearses, or stands by. Raises AdoptionError."""
-        env = dict(self._s.environment)
+        env = {**self._s.environment, **self.of_job(rank)}
         env["LOCAL_RANK"] = str(local)
-        env["LOCAL_WORLD_SIZE"] = str(self._s.slots_per_node)
-        env["WORLD_SIZE"] = str(self._job.world_size)
-        env["GROUP_RANK"] = str(self._s.node)
-        env["GROUP_WORLD_SIZE"] = str(self._job.active_nodes)
-        env["DEADPOOL_NODE"] = str(self._s.node)
-        if self._job.rendezvous is not None:
-            env["MASTER_ADDR"], env["MASTER_PORT"] = self._job.rendezvous.host, str(self._job.rendezvous.port)
         env[STACKS_FILE] = str(self.stacks_file(local))
-        if rank is not None:
-            env["RANK"] = str(rank)
-            env[EPOCH] = str(self._job.epoch)  # not 0 when the start begins anew
-            if self._job.epoch:
-                env[BEGAN] = str(self._job.began)
         if rehearses is not None:
             env[REHEARSES] = str(rehearses)
         if standby:
@@ -107,11 +100,50 @@ class WorkerProcesses:
             env[ERROR_FILE] = str(self._log_dir / f"error-{'standby-' * standby}{place}.json")
             log = self._log_dir / (f"rank-{rank}.log" if rank is not None else f"{kind}-{place}.log")
             with self._pinning.unpinned():
-                worker = start_worker(self._s.command, env, local, rank, log, self._muster)
+                fork = self._warm.fork if self._warm is not None else None
+                worker = start_worker(self._s.command, env, local, rank, log, self._muster, fork)
             worker.log, worker.rehearses, worker.standby = str(log), rehearses, standby
         for fd in _descriptors(worker):
             self._poller.register(fd, zmq.POLLIN)
         return worker
+
+    def of_job(self, rank: int | None) -> dict[str, str]:
+        """What a worker started now finds in its environment of the job, and of its coordinate if it has one."""
+        env = {
+            "LOCAL_WORLD_SIZE": str(self._s.slots_per_node),
+            "WORLD_SIZE": str(self._job.world_size),
+            "GROUP_RANK": str(self._s.node),
+            "GROUP_WORLD_SIZE": str(self._job.active_nodes),
+            "DEADPOOL_NODE": str(self._s.node),
+        }
+        if self._job.rendezvous is not None:
+            env["MASTER_ADDR"], env["MASTER_PORT"] = self._job.rendezvous.host, str(self._job.rendezvous.port)
+        if rank is not None:
+            env["RANK"] = str(rank)
+            env[EPOCH] = str(self._job.epoch)  # not 0 when the start begins anew
+            if self._job.epoch:
+                env[BEGAN] = str(self._job.began)
+        return env
+
+    def keep_warm(self, calm: bool) -> bool:
+        """Have a process ready that has made the imports of workers. Call often.
+
+        ``calm``: it may begin. True unless it makes them now, or is still to be begun.
+        """
+        warm = self._warm
+        if warm is None:
+            return True
+        if not warm.begun and calm:
+            with output(self._log_dir / f"warm-node{self._s.node}.log") as out, self._pinning.unpinned():
+                warm.begin({**self._s.environment, **self.of_job(None)}, out)
+        if news := warm.look():
+            print(f"deadpool: node {self._s.node}: {news}", file=sys.stderr)
+        return warm.ready or bool(warm.why_not)
+
+    def close(self) -> None:
+        """End what is beside the workers."""
+        if self._warm is not None:
+            self._warm.close()
 
     def all_started(self) -> None:
         """No worker that somebody else starts is still to come."""

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -21,6 +21,7 @@ from deadpool_megatron.cluster.agent.pulse import PULSE_FD, PulsePage
 
 CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
+ORDERS_FD = "DEADPOOL_ORDERS_FD"  # of a warm server (`warm_server`)
 MUSTER_FD = "DEADPOOL_MUSTER_FD"  # memory that all workers of a node share
 PARENT_PID = "DEADPOOL_AGENT_PID"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun has a worker write its error, as JSON
@@ -119,12 +120,19 @@ class Worker:
 
 
 def start_worker(
-    command: Sequence[str], environment: Mapping[str, str], local: int, rank: int | None, log: Path, muster: int
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    local: int,
+    rank: int | None,
+    log: Path,
+    muster: int,
+    fork: Callable[[Mapping[str, str], Mapping[str, int], BinaryIO], Process | None] | None = None,
 ) -> Worker:
     """Start a worker in a process group (and session) of its own, its output going to ``log``.
 
-    It inherits one end of a control socket, the doorbell, an eventfd it rings when its shard has grown, and the page of
-    its progress; nobody else can reach them. And ``muster``, which it shares with the other workers of the node.
+    ``fork`` makes its process where it can (`WarmServer.fork`). It inherits one end of a control socket, the doorbell,
+    an eventfd it rings when its shard has grown, and the page of its progress; nobody else can reach them. And
+    ``muster``, which it shares with the other workers of the node.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -132,8 +140,9 @@ def start_worker(
     env = dict(environment)
     env[PARENT_PID] = str(os.getpid())
     descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell, MUSTER_FD: muster}
-    with _output(log) as out:
-        process = start_process(command, env, descriptors, out)
+    with output(log) as out:
+        process = fork(env, descriptors, out) if fork is not None else None
+        process = process or start_process(command, env, descriptors, out)
     theirs.close()
     return Worker(local, process, os.pidfd_open(process.pid), ours, doorbell, rank, page)
 
@@ -154,7 +163,7 @@ def start_process(
         )
 
 
-def _output(log: Path) -> BinaryIO:
+def output(log: Path) -> BinaryIO:
     """Where a worker's output goes: on a disk that is full or read-only it is lost, and the worker starts."""
     try:
         return open(log, "ab", buffering=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from deadpool_megatron.cluster.records.agents import (
     Compared,
     Iteration,
@@ -123,10 +125,15 @@ class ArenaRefused(Record, frozen=True):
 
 
 class TakeOver(OfEpoch, frozen=True):
-    """A parked worker becomes a coordinate, of ``world_size``; 0: of as many as its environment says."""
+    """A parked worker becomes a coordinate, of ``world_size``; 0: of as many as its environment says.
+
+    ``environment``: the job begins anew with it, and this is what a fresh worker would find in its environment of the
+    coordinate and the start; empty: it joins those that train.
+    """
 
     rank: int
     world_size: int = 0
+    environment: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class Generation(OfEpoch, frozen=True):
