@@ -106,11 +106,9 @@ def _import_all(script: str) -> None:
     from deadpool_megatron.megatron import import_script, import_what_trains
 
     import_script(script)
-    store = TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timeout=timedelta(seconds=_TOLD_S)
-    )
     with suppress(RuntimeError):  # the server is away: then children import the rest
-        import_what_trains(store)
+        here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        import_what_trains(TCPStore(*here, None, False, timeout=timedelta(seconds=_TOLD_S)))
 
 
 def _why_not() -> str:

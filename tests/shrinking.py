@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.cluster.records.exits import Exit
-from jobs import EXAMPLE, Job, Jobs, launch_flags
+from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
 
 
 class Shrinking:
     """A job that loses nodes, and the jobs of its widths that it is compared with.
 
-    ``interval``: it has a durable directory, and drains every so many generations; 0: it has none.
+    ``interval``: it has a durable directory, and drains every so many generations; 0: it has none. ``real``: its
+    processes are started as a user's are, and not by the tests' fork server.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Shrinking:
         slots: int = 1,
         script: Path = EXAMPLE,
         interval: int = 0,
+        real: bool = False,
     ) -> None:
         self._jobs = jobs
         self._script = script
@@ -38,12 +40,15 @@ class Shrinking:
         self._slots = slots
         self.joined: list[subprocess.Popen[bytes]] = []
         durable = ["--deadpool-durable-dir", str(self._store), "--deadpool-durable-interval", str(interval)]
-        self.job = self._start(name, nodes, "--deadpool-when-out-of-spares", "shrink", *durable * bool(interval))
+        self.job = self._start(
+            name, nodes, "--deadpool-when-out-of-spares", "shrink", *durable * bool(interval), real=real
+        )
 
-    def _start(self, name: str, nodes: int, *more: str) -> Job:
+    def _start(self, name: str, nodes: int, *more: str, real: bool = False) -> Job:
         alone = ["--alone"] * (nodes == 1)  # the launcher begins none that nothing protects
         launch = [*launch_flags(nodes, 0, self._slots), *alone]
-        return self._jobs.start(name, launch, [*self._flags, *more], self._script, held=True)
+        extra = {"PYTHONPATH": str(ROOT)} if real else None
+        return self._jobs.start(name, launch, [*self._flags, *more], self._script, extra=extra, held=True)
 
     def join(self) -> None:
         """A node comes, in the background."""

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,8 +32,22 @@ def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jo
 
 @pytest.mark.timeout(400)
 def test_a_replica_comes_back_with_a_node_and_training_goes_on_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
-    it = Shrinking(jobs, "wider", [*with_value(tiny_gpt(iters=12), "--num-layers", 2), *SMALL], 2)
-    it.shrinks_and_grows(1)
+    """Without an import: who survives is forked by the warm server of its node, who joins has made them as a spare."""
+    it = Shrinking(jobs, "wider", [*with_value(tiny_gpt(iters=12), "--num-layers", 2), *SMALL], 2, real=True)
+    it.job.hold(1)
+    it.job.until("warm servers", lambda: it.job.output.count("this node has a warm server") == 2)
+    it.lose_node_1()
+    it.job.until_event("shrunk")
+    it.join()
+    it.job.until_event("parked")
+    (parked,) = it.job.status()["spares"][0]["pids"]
+    it.job.hold(8)
+    it.job.until_event("grown")
+    it.job.until("all to train", lambda: it.job.events("training")[-1]["width"] == 2)
+    forked, began = (each["pid"] for each in it.job.status()["coordinates"])
+    assert began == parked
+    assert b"\0DEADPOOL_ORDERS_FD=" in Path(f"/proc/{forked}/environ").read_bytes()
+    it.ended()
     assert [(e["event"], e["width"], e["nodes"]) for e in it.compare()] == [("shrunk", 1, [0]), ("grown", 2, [0, 2])]
 
 

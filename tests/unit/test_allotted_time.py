@@ -13,6 +13,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import worker_processes
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.placement.redundancy import Scheme
+from deadpool_megatron.config import DeadpoolConfig
 from emulated import emulated_process, in_emulation  # noqa: F401
 
 
@@ -67,8 +68,9 @@ def test_workers_of_a_new_start_are_told_when_the_job_began(monkeypatch: pytest.
     )
     monkeypatch.setattr(worker_processes, "_descriptors", lambda worker: [])
     settings: Any = SimpleNamespace(
-        environment={}, slots_per_node=1, node=0, adopt="", pin=False, command=[], log_dir=str(tmp_path)
-    )
+        config=DeadpoolConfig(), environment={}, slots_per_node=1, node=0, adopt="", pin=False, command=[],
+        log_dir=str(tmp_path),
+    )  # fmt: skip
     job = KnownJob(0, 2, 1, Scheme.parse("1"))
     processes = worker_processes.WorkerProcesses(settings, job, MagicMock(), lambda: False)
     for epoch in (0, 4):

@@ -143,7 +143,7 @@ class Agent:
             self._durable.look()
         if self._recovery is not None:
             self._crew.look(self._recovery.calm, self._clock())
-            if self._crew.standbys.pids() != self._standbys:
+            if self._crew.standbys.asked and self._crew.standbys.pids() != self._standbys:
                 self._tell_standbys()
         if self._lookout is not None and (why := self._lookout.look(connected)):
             print(f"deadpool: {why}", file=sys.stderr)

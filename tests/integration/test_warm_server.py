@@ -1,0 +1,143 @@
+"""Workers that a node's warm server forks are the agent's own children, as those that it starts; where it cannot fork,
+it says why, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from torch.distributed import TCPStore
+
+from deadpool_megatron.cluster.agent.warm_server import ForkedProcess, ForkRequest, WarmServer
+from deadpool_megatron.megatron.standby import _KEY, RunningJob
+from waiting import until
+
+SCRIPT = """
+import json, os, random, sys
+import numpy
+{imports}
+if __name__ == "__main__":
+    told = dict(
+        pid=os.getpid(), parent=os.getppid(), session=os.getsid(0), rank=os.environ.get("RANK"),
+        other=os.environ.get("OTHER"), drawn=[random.random(), numpy.random.random()], argv=sys.argv[1:],
+        imported="torch" in sys.modules, pipe=os.read(int(os.environ["PIPE"]), 16).decode(),
+    )
+    print(json.dumps(told), flush=True)
+    if "END" in os.environ:
+        os.kill(os.getpid(), 9)
+    sys.exit(7)
+"""
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """Of a job whose workers have told what they have imported."""
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    store.set(_KEY, msgspec.json.encode(RunningJob("", 0.0, {}, ["torch.utils.data"])).decode())
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+    yield kept | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths,
+        "OPENBLAS_NUM_THREADS": "1", "OTHER": "of the server",
+    }  # fmt: skip
+    del store  # which serves no longer
+
+
+class _Agent:
+    """What an agent does with its warm server."""
+
+    def __init__(self, directory: Path, environment: dict[str, str], imports: str = "") -> None:
+        self.script = directory / "script.py"
+        self.script.write_text(SCRIPT.format(imports=imports))
+        self.environment = environment
+        self.log = directory / "log"
+        self.server = WarmServer([sys.executable, "-m", "deadpool_megatron.worker", str(self.script), "--flag"])
+        with open(directory / "server.log", "wb") as out:
+            self.server.begin(environment, out)
+        self.news: list[str] = []
+
+    def settled(self) -> str:
+        """What became of it."""
+        until(lambda: self.news.append(self.server.look()) or self.news[-1])
+        return self.news[-1]
+
+    def told(self) -> list[dict[str, Any]]:
+        """What its workers have said, by rank."""
+        return sorted((json.loads(line) for line in self.log.read_text().splitlines()), key=lambda each: each["rank"])
+
+    def fork(self, **environment: str) -> ForkedProcess | None:
+        """A worker. It has a pipe with one word in it."""
+        reads, writes = os.pipe()
+        os.write(writes, b"a word")
+        os.close(writes)
+        wanted = {k: v for k, v in self.environment.items() if k != "OTHER"} | environment
+        stacks = {"DEADPOOL_STACKS_FILE": str(self.log.with_suffix(".stacks")), "DEADPOOL_AGENT_PID": str(os.getpid())}
+        with open(self.log, "ab", buffering=0) as out:
+            process = self.server.fork(wanted | stacks, {"PIPE": reads}, out)
+        os.close(reads)
+        return process
+
+
+def test_what_it_forks_is_a_worker_of_the_agent_like_one_that_it_starts(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    agent = _Agent(tmp_path, environment)
+    server = agent.server
+    assert agent.settled().startswith("this node has a warm server") and server.ready
+    first, second = agent.fork(RANK="3"), agent.fork(RANK="4", END="killed")
+    assert first is not None and second is not None
+    assert (first.wait(), first.poll(), second.wait()) == (7, 7, -signal.SIGKILL)
+    told = agent.told()
+    assert [each["pid"] for each in told] == [first.pid, second.pid] == [each["session"] for each in told]
+    assert [each["parent"] for each in told] == [os.getpid()] * 2
+    for each in told:
+        assert each["other"] is None and each["argv"] == ["--flag"] and each["imported"] and each["pipe"] == "a word"
+    drawn = [number for each in told for number in each["drawn"]]
+    assert len(set(drawn)) == len(drawn), "no two processes draw the same numbers"
+
+    # One whose agent does not wait for it any more does not begin: there is another one for that coordinate by then.
+    assert server._orders is not None and server._process is not None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, open(agent.log, "ab", buffering=0) as out:
+        request = msgspec.json.encode(ForkRequest(environment | {"RANK": "0"}, []))
+        socket.send_fds(server._orders, [request], [theirs.fileno(), out.fileno()])
+    ours.close()
+    third = agent.fork(RANK="5")  # forked after it
+    assert third is not None and third.wait() == 7
+    assert [each["rank"] for each in agent.told()] == ["3", "4", "5"]
+
+    # It ends: that is told once, and workers are started as ever.
+    server._process.kill()
+    assert agent.settled().endswith("fresh workers make their imports themselves: it has ended")
+    assert server.look() == "" and agent.fork(RANK="0") is None and not server.ready
+
+
+def test_it_forks_nothing_where_an_import_has_started_a_thread(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(600,), name='its own', daemon=True).start()\n"
+    )
+    agent = _Agent(tmp_path, environment, "import starts_a_thread")
+    try:
+        assert agent.settled().endswith("what is imported has started 1 threads (its own)")
+        assert agent.fork(RANK="0") is None
+    finally:
+        agent.server.close()
+
+
+def test_it_says_what_an_import_raises(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "raises.py").write_text("raise ValueError('not without a rank')\n")
+    agent = _Agent(tmp_path, environment, "import raises")
+    try:
+        assert agent.settled().endswith("script.py imports: ValueError: not without a rank")
+    finally:
+        agent.server.close()
