@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import time
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from deadpool_bench.harness.forking import FORK_SERVER
 from deadpool_bench.harness.jobs import Job
 from deadpool_bench.kills import RECOVER_S, START_S, launch_options
 from deadpool_bench.progress import say
@@ -73,6 +75,7 @@ def shrink_and_growth(options: argparse.Namespace, base: Path, name: str) -> lis
     script = [options.script, *options.arguments, *SHRINKING]
     with Job(base / name, launch_options(options, 0), script) as job:
         rows = job.until("iterations", partial(_steady, job, 0), START_S)
+        job.until("warm servers", partial(_warm, job), START_S)
         time.sleep(rng.uniform(0.0, statistics.median(e["seconds"] for e in rows)))
         kill = lose(job, rng)
         rows = job.until("iterations with fewer replicas", partial(_steady, job, rows[-1]["replicas"]), RECOVER_S)
@@ -81,6 +84,12 @@ def shrink_and_growth(options: argparse.Namespace, base: Path, name: str) -> lis
         found = changes(job.events(), [kill])
     say(f"{name}: {', '.join(f'{each.event} {each.first_iteration_s:.3f} s' for each in found)}")
     return found
+
+
+def _warm(job: Job) -> bool:
+    """All nodes have what they keep beside training: it is made once, in the first seconds of a job."""
+    logs = [job.run_dir / "logs" / f"node-{each['node']}.jsonl" for each in job.status()["nodes"]]
+    return FORK_SERVER in os.environ or all('"warm_server"' in log.read_text() for log in logs)
 
 
 def lose(job: Job, rng: random.Random) -> float:

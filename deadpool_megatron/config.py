@@ -71,9 +71,9 @@ class DeadpoolConfig:
     )
     warm_server: str = _setting(
         "auto",
-        "a process of each node that has made the imports of workers, and forks fresh ones: on, off, or auto (with "
-        "--deadpool-when-out-of-spares shrink and with --deadpool-standby-workers)",
-        ("auto", "on", "off"),
+        "a process of each node that has made the imports of workers, and forks fresh ones; auto: with "
+        "--deadpool-when-out-of-spares shrink and with --deadpool-standby-workers",
+        ("auto", "always", "never"),
     )
     spare_check: float = _setting(
         600.0,
@@ -258,7 +258,7 @@ class DeadpoolConfig:
     def wants_warm_server(self) -> bool:
         """What ``warm_server`` comes to."""
         needs = self.when_out_of_spares == "shrink" or self.standby_workers != "none"
-        return self.deadpool and (self.warm_server == "on" or (self.warm_server == "auto" and needs))
+        return self.deadpool and (self.warm_server == "always" or (self.warm_server == "auto" and needs))
 
     @property
     def drain_sources(self) -> list[str]:

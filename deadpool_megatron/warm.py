@@ -103,9 +103,11 @@ def _import_all(script: str) -> None:
     import deadpool_megatron.comm
     import deadpool_megatron.config
     import deadpool_megatron.recovery  # noqa: F401
+    from deadpool_megatron.hosts import host_of
     from deadpool_megatron.megatron import import_script, import_what_trains
 
     import_script(script)
+    host_of(script).warm_up()
     with suppress(RuntimeError):  # the server is away: then children import the rest
         here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         import_what_trains(TCPStore(*here, None, False, timeout=timedelta(seconds=_TOLD_S)))

@@ -47,8 +47,8 @@ class Budget:
     ``operations``: floating-point operations of an iteration. ``drainer_node``: a copy of a node's own shards beside
     its vault, on their way to the durable directory. ``rehearsals``: on a device of a spare, of all that it rehearses,
     and of one of them that trains. ``standby_device``, ``standby_node``: on a device, and of the host memory of a node,
-    of the processes that stand by. ``covered``: losses of each domain that a spare of it makes good, and whole domains,
-    in words.
+    of the processes that stand by; ``warm_node``: of that memory, of its warm server. ``covered``: losses of each
+    domain that a spare of it makes good, and whole domains, in words.
     """
 
     sizes: Layout
@@ -73,6 +73,7 @@ class Budget:
     rehearsals: float
     standby_device: float
     standby_node: float
+    warm_node: float
     groups_changed: tuple[int, int]
     ranks_touched: int
     tolerated: str
@@ -147,6 +148,7 @@ def budget(run: RunFile, workload: Workload | None = None) -> Budget:
         rehearsals=_rehearsals(run, device, most.activations),
         standby_device=_standby(run, device, most.activations),
         standby_node=_PROCESS * cluster.gpus_per_node if run.deadpool.standby_workers != "none" else 0.0,
+        warm_node=_PROCESS if run.deadpool.wants_warm_server else 0.0,
         groups_changed=changed,
         ranks_touched=touched,
         tolerated=copies.sentence,
@@ -188,9 +190,10 @@ def _refuse(run: RunFile, out: Budget, scheme: Scheme) -> None:
             f"{cluster.shm_bytes / 1e9:.1f}: use more data parallelism, enlarge /dev/shm, or name a "
             "larger --shm-directory"
         )
-    if out.vault_node + out.drainer_node + out.standby_node > cluster.host_memory * 1e9:
+    if out.vault_node + out.drainer_node + out.standby_node + out.warm_node > cluster.host_memory * 1e9:
         drainer = f" and its drainer (durable_dir) {out.drainer_node / 1e9:.1f}" if out.drainer_node else ""
         standbys = f", processes that stand by {out.standby_node / 1e9:.1f}" if out.standby_node else ""
+        standbys += f", its warm server {out.warm_node / 1e9:.1f}" if out.warm_node else ""
         raise PlanError(
             f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB{drainer}{standbys}, and the node has "
             f"{cluster.host_memory:g}: use more data parallelism or nodes with more memory"

@@ -70,6 +70,7 @@ def text(run: RunFile, plan: Budget) -> list[str]:
         f"{_time(plan.spare_device * c.gpus_per_node / (c.network * 1e9))} a node",
         *_rehearsals(run, plan),
         *_standbys(run, plan),
+        *_warm_server(plan),
         f"the loss of a node                   changes {plan.groups_changed[0]} of {plan.groups_changed[1]} groups, "
         f"touches {plan.ranks_touched} of {s.world} ranks",
         f"tolerated at once                    {plan.tolerated}",
@@ -97,6 +98,12 @@ def _standbys(run: RunFile, plan: Budget) -> list[str]:
         f"processes that stand by              about {_gb(plan.standby_node)} of a node's host memory, {held} "
         f"(standby_workers {run.deadpool.standby_workers})"
     ]
+
+
+def _warm_server(plan: Budget) -> list[str]:
+    if not plan.warm_node:
+        return []
+    return [f"warm server of a node                about {_gb(plan.warm_node)} of host memory, which its forks share"]
 
 
 def _drainer(run: RunFile, plan: Budget) -> list[str]:

@@ -63,12 +63,11 @@ class _Agent:
         self.server = WarmServer([sys.executable, "-m", "deadpool_megatron.worker", str(self.script), "--flag"])
         with open(directory / "server.log", "wb") as out:
             self.server.begin(environment, out)
-        self.news: list[str] = []
 
     def settled(self) -> str:
-        """What became of it."""
-        until(lambda: self.news.append(self.server.look()) or self.news[-1])
-        return self.news[-1]
+        """Why there is none; empty where it is ready."""
+        until(self.server.look)
+        return self.server.why_not
 
     def told(self) -> list[dict[str, Any]]:
         """What its workers have said, by rank."""
@@ -92,7 +91,7 @@ def test_what_it_forks_is_a_worker_of_the_agent_like_one_that_it_starts(
 ) -> None:
     agent = _Agent(tmp_path, environment)
     server = agent.server
-    assert agent.settled().startswith("this node has a warm server") and server.ready
+    assert agent.settled() == "" and server.ready
     first, second = agent.fork(RANK="3"), agent.fork(RANK="4", END="killed")
     assert first is not None and second is not None
     assert (first.wait(), first.poll(), second.wait()) == (7, 7, -signal.SIGKILL)
@@ -117,8 +116,8 @@ def test_what_it_forks_is_a_worker_of_the_agent_like_one_that_it_starts(
 
     # It ends: that is told once, and workers are started as ever.
     server._process.kill()
-    assert agent.settled().endswith("fresh workers make their imports themselves: it has ended")
-    assert server.look() == "" and agent.fork(RANK="0") is None and not server.ready
+    assert agent.settled() == "it has ended"
+    assert not server.look() and agent.fork(RANK="0") is None and not server.ready
 
 
 def test_it_forks_nothing_where_an_import_has_started_a_thread(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -128,7 +127,7 @@ def test_it_forks_nothing_where_an_import_has_started_a_thread(tmp_path: Path, e
     )
     agent = _Agent(tmp_path, environment, "import starts_a_thread")
     try:
-        assert agent.settled().endswith("what is imported has started 1 threads (its own)")
+        assert agent.settled() == "what is imported has started 1 threads (its own)"
         assert agent.fork(RANK="0") is None
     finally:
         agent.server.close()

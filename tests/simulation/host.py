@@ -146,6 +146,10 @@ class _Processes(WorkerProcesses):
     def keep_warm(self, calm: bool) -> bool:
         return True
 
+    @property
+    def warm_server(self) -> tuple[bool, str]:
+        return False, ""
+
     def close(self) -> None:
         return
 

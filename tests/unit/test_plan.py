@@ -431,6 +431,19 @@ def test_the_plan_says_what_processes_that_stand_by_take_and_refuses_what_does_n
         budget(_changed(tmp_path, {"gpu_memory": whole.device / 1e9 + 1}, {"standby_workers": "coordinate"}))
 
 
+def test_the_plan_counts_the_warm_server_where_there_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shrinks = {"when_out_of_spares": "shrink"}
+    plans = [budget(_changed(tmp_path, deadpool=more)) for more in ({}, shrinks, shrinks | {"warm_server": "never"})]
+    assert [plan.warm_node > 0 for plan in plans] == [False, True, False]
+    run = _changed(tmp_path, deadpool={"warm_server": "always"})
+    assert cli.main(["plan", "--config", run.name]) == 0
+    assert "warm server of a node                about 1.50 GB of host memory" in capsys.readouterr().out
+    vault = plans[1].vault_node / 1e9
+    tight = {"host_memory": vault + 1, "shared_memory": vault + 1}
+    with pytest.raises(PlanError, match=r"its warm server 1\.5, and the node has"):
+        budget(_changed(tmp_path, tight, {"warm_server": "always"}))
+
+
 def test_the_report_names_what_the_drainer_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _changed(tmp_path, deadpool={"durable_dir": "/durable"})
     for path, said in ((run.name, True), (str(LARGE), False)):

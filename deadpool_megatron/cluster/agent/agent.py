@@ -122,6 +122,7 @@ class Agent:
         self._clock = clock
         self._signs: dict[int, tuple[float, r.MachineSign]] = {}  # the newest of each number, and when it came
         self._standbys: dict[int, int] = {}  # told last, by local index
+        self._warm_server = (False, "")  # told last
         self._hashes: list[r.StateHash] = []
         self._done: dict[r.SideEffectKind, r.SideEffect] = {}  # the newest of each kind that a rank here has told
         self._iteration = -1  # the newest of this epoch that a rank here has told
@@ -143,6 +144,9 @@ class Agent:
             self._durable.look()
         if self._recovery is not None:
             self._crew.look(self._recovery.calm, self._clock())
+            if self._warm_server != (now := self._processes.warm_server):
+                self._warm_server = now
+                self._watch.warm_server(*now)
             if self._crew.standbys.asked and self._crew.standbys.pids() != self._standbys:
                 self._tell_standbys()
         if self._lookout is not None and (why := self._lookout.look(connected)):

@@ -109,19 +109,19 @@ class WarmServer:
                 start_new_session=True,
             )
 
-    def look(self) -> str:
-        """Call often. What has become of it, in words, when that is news."""
+    def look(self) -> bool:
+        """Call often. Whether something has become of it since: it is ready, or there is a reason why it is not."""
         if self._orders is None or self.why_not or not select.select([self._orders], [], [], 0)[0]:
-            return ""
+            return False
         try:
             packet = self._orders.recv(MAX_PACKET)
         except OSError:
             packet = b""
         if packet == READY:
             self.ready = True
-            return "this node has a warm server: fresh workers are forked, with all imports made"
-        self._give_up(packet.decode(errors="replace") or "it has ended")
-        return f"this node has no warm server, fresh workers make their imports themselves: {self.why_not}"
+        else:
+            self._give_up(packet.decode(errors="replace") or "it has ended")
+        return True
 
     def fork(
         self, environment: Mapping[str, str], descriptors: Mapping[str, int], out: BinaryIO

@@ -101,6 +101,10 @@ class Watch:
         arenas = [self._vault.arena(rank, "own" if kind == "own" else "peer") for rank in self._vault.holdings().ranks]
         return float(sum(arena.info.total_bytes for arena in arenas if arena is not None))
 
+    def warm_server(self, ready: bool, why: str) -> None:
+        """This node's can fork workers, or cannot any more."""
+        self._log.write("warm_server", ready=ready, why=why)
+
     # ---- the protocol
 
     def sent(self, record: r.AgentRecord) -> None:

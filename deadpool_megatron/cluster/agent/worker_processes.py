@@ -133,12 +133,17 @@ class WorkerProcesses:
         warm = self._warm
         if warm is None:
             return True
-        if not warm.begun and calm:
+        if calm and not warm.begun:
             with output(self._log_dir / f"warm-node{self._s.node}.log") as out, self._pinning.unpinned():
                 warm.begin({**self._s.environment, **self.of_job(None)}, out)
-        if news := warm.look():
-            print(f"deadpool: node {self._s.node}: {news}", file=sys.stderr)
+        if warm.look() and warm.why_not:
+            print(f"deadpool: node {self._s.node}: fresh workers make their imports: {warm.why_not}", file=sys.stderr)
         return warm.ready or bool(warm.why_not)
+
+    @property
+    def warm_server(self) -> tuple[bool, str]:
+        """Whether it is ready, and why there is none any more."""
+        return (self._warm.ready, self._warm.why_not) if self._warm is not None else (False, "")
 
     def close(self) -> None:
         """End what is beside the workers."""
