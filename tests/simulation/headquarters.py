@@ -107,7 +107,8 @@ class _Hub(Hub):
             on_packet(identity, packet)
         while self.ends:
             identity, number = self.ends.pop(0)
-            if self._newest.get(identity, 0) <= number:  # else there is another connection by now
+            if self._newest.get(identity, number + 1) <= number:  # else nothing came over it, or there is another one
+                del self._newest[identity]
                 on_gone(identity)
 
     def send(self, identity: bytes, packet: bytes) -> None:

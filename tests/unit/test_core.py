@@ -435,6 +435,24 @@ def test_a_connection_that_takes_the_place_of_one_whose_end_nobody_has_noticed_i
     assert not it.events("detected") and it.core.epoch == 0
 
 
+def test_an_agent_whose_connection_ends_before_it_has_joined_still_has_the_time_to_join() -> None:
+    it = SimulatedJob()
+    it.join([0, 1, 2])
+    away(it, 3)
+    it.wait(2 * DEADLINES.lease)
+    it.join([3])
+    assert [event["nodes"] for event in it.events("started")] == [4]
+    it.train()
+    _, coming, actions = it.core.add_spare("", it.now)
+    it.take(actions)
+    away(it, coming)
+    it.wait(DEADLINES.join - 1)
+    assert not it.events("detected") and it.core.nodes[coming].role == "spare"
+    it.wait(2)
+    causes = [event["cause"] for event in it.events("detected")]
+    assert causes == [f"its agent has not joined within {DEADLINES.join:g} s"]
+
+
 def test_an_agent_that_does_not_connect_again_is_lost_soon_and_each_in_its_own_time() -> None:
     it = SimulatedJob(nodes=6, spares=2).train()
     away(it, 1)

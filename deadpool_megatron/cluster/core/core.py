@@ -245,14 +245,14 @@ class Core:
     def node_away(self, node: int, now: float, stood_still: bool = False) -> list[Action]:
         """The connection of a node's agent has ended: it has a little time to come back.
 
+        One that has not joined yet has the time to join (`Arrivals`), over whichever connection.
+
         Args:
             stood_still: it may have ended long ago, while nobody here could have heard it.
         """
         state = self.nodes.get(node)
-        if self._state.phase is Phase.ENDED or state is None or state.gone:
+        if self._state.phase is Phase.ENDED or state is None or state.gone or not state.agent_pid:
             return []
-        if not state.agent_pid:
-            return self.node_lost(node, GONE, now)
         lease = self.job.deadlines.lease
         self._returning.also(node, now + (lease + _RETURN_S if stood_still else ABSENCE * lease), stood_still)
         return []
