@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import zmq
@@ -17,6 +18,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.settings import AgentSettings
+from deadpool_megatron.cluster.agent.standbys import CALM_S
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import EMULATE, Worker
 from deadpool_megatron.cluster.coordinator.validate import misfit
@@ -403,6 +405,47 @@ def test_a_start_that_begins_anew_ends_the_rehearsals_of_a_node_that_is_in_it(no
     spare.job.ranks = {0: 1}
     spare.crew.start_over()
     assert all(each.retired for each in rehearsing)
+
+
+def test_a_parked_worker_begins_a_new_start_itself_and_any_other_process_gives_way_to_a_fresh_one(
+    node: Callable[..., _Node],
+) -> None:
+    spare = node()
+    (worker,) = spare.crew.workers.values()
+    worker.parked = True
+    assert spare.crew.start_over() == [], "it has no coordinate in that start"
+    spare.job.roster(r.Roster(4, [r.SlotAddress(2, 0)], {}, 1, anew=True, began=12.5))
+    ((begins, environment),) = spare.crew.start_over()
+    assert begins is worker and not worker.retired and (worker.rank, worker.parked) == (0, False)
+    assert environment.items() >= {
+        "RANK": "0", "WORLD_SIZE": "1", "DEADPOOL_EPOCH": "4", "DEADPOOL_BEGAN": "12.5", "GROUP_WORLD_SIZE": "1",
+    }.items()  # fmt: skip
+    assert spare.crew.start_over() == [] and worker.retired, "one that has begun the start before"
+
+
+def test_a_warm_server_is_begun_once_the_node_is_calm_and_before_processes_that_stand_by(
+    node: Callable[..., _Node],
+) -> None:
+    spare = node()
+    asked: list[bool] = []
+    spare.crew._processes.keep_warm = asked.append  # type: ignore[method-assign,assignment]
+    spare.crew.standbys = MagicMock(asked=True)
+    (worker,) = spare.crew.workers.values()
+
+    def look(now: float, calm: bool = True) -> bool:
+        spare.crew.look(calm, now)
+        return asked.pop()
+
+    assert not look(0.0) and not look(CALM_S), "its worker is not parked"
+    worker.parked = True
+    assert not look(CALM_S) and not look(3 * CALM_S), "the job does not train"
+    spare.job.place(r.Placement(1, [[0, 1]], [1, 1], [1, 1]))
+    assert not look(10.0) and not look(10.0 + CALM_S / 2) and look(10.0 + CALM_S)
+    assert not look(20.0, calm=False) and not look(20.0), "a recovery comes between"
+    assert look(20.0 + CALM_S) and not spare.crew.standbys.look.called, "it is not ready"
+    spare.crew._processes.keep_warm = lambda calm: True  # type: ignore[method-assign]
+    spare.crew.look(True, 30.0)
+    assert spare.crew.standbys.look.called
 
 
 # ---- data sets

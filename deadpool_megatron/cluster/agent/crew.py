@@ -51,7 +51,8 @@ class Crew:
 
     def look(self, calm: bool, now: float) -> None:
         """Start what is to be beside the workers; call often. ``calm``: those that hold coordinates here all train."""
-        calm = calm and (bool(self._job.ranks) or all(each.parked for each in self.workers.values()))
+        if not self._job.ranks:
+            calm = calm and self._job.trains and all(each.parked for each in self.workers.values())
         self._calm_since = (now if self._calm_since is None else self._calm_since) if calm else None
         warm = self._processes.keep_warm(self._calm_since is not None and now - self._calm_since >= CALM_S)
         if warm and self.standbys.asked:

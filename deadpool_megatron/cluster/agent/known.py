@@ -103,6 +103,11 @@ class KnownJob:
         return len(self._tables.assignment)
 
     @property
+    def trains(self) -> bool:
+        """All have been told who protects whom, as it is when training begins."""
+        return bool(self._tables.groups)
+
+    @property
     def active_nodes(self) -> int:
         """Nodes that hold coordinates, but for a time in which the job only saves what it has."""
         return self.world_size // self._slots_per_node
