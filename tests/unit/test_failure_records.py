@@ -51,6 +51,14 @@ def test_a_name_that_several_nodes_have_tells_nobody_apart() -> None:
     assert not kinds(job, comes(job, "here"))
 
 
+def test_a_name_that_several_nodes_had_at_once_tells_nobody_apart_when_they_are_gone_either() -> None:
+    job = named()
+    for node in [comes(job, "here") for _ in range(2)]:
+        job.lose(node)
+    another = comes(job, "here")
+    assert not kinds(job, another) and job.core.nodes[another].was is None
+
+
 def test_a_record_goes_on_from_number_to_number_and_to_the_next_coordinator() -> None:
     job = named(spares=2)
     job.feed(r.WorkerExited(1, 0, 1, 77, -9, 0))

@@ -285,13 +285,15 @@ class Members:
     def recognise(self, node: int) -> list[int]:
         """The numbers that the machine of a node had before, which gives it their record; it has just told its name.
 
-        A name tells one machine from another only where no other node of the job has the same.
+        A name tells one machine from another only where no other node of the job has the same, and no two had it at
+        once: of those that had it each but the first is known to have been another one.
         """
         state = self.nodes[node]
         before = {state.was} - {None}
         if state.name and any(self.nodes[n].name == state.name for n in self.departed):
             same = {n for n, s in self.nodes.items() if n != node and s.name == state.name}
-            if all(self.nodes[n].gone for n in same):
+            firsts = [n for n in same if self.nodes[n].was not in same]
+            if len(firsts) == 1 and all(self.nodes[n].gone for n in same):
                 before |= same
         known = sorted(n for n in before if n is not None)
         if known:
