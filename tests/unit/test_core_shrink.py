@@ -1001,6 +1001,42 @@ def test_a_manifest_that_is_being_written_is_waited_for_where_memory_has_nothing
     assert it.events("shrunk")[-1]["iteration"] == 200 and it.told(r.ResumeAt)[-1].recut == name
 
 
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("fewer", [True, False])
+def test_what_may_be_durable_is_what_a_start_begins_with_until_those_that_read_it_find_that_it_is_not(
+    fewer: bool, memory: bool
+) -> None:
+    """Who was to write its manifest is lost, with all that memory had; nodes may come before the job is narrower."""
+    it, name, writer = sealing()
+    it.commit(201)
+    gone = next(group for group in it.core.protection.groups if writer in group)
+    for node in [writer] if memory else gone:
+        it.lose(node)
+    for _ in gone if not fewer else ():
+        _, node, actions = it.core.add_spare("", it.now)
+        it.take(actions)
+        it.join([node])
+    if memory:
+        it.arrive(201)
+        it.prepare()
+        answer(it, without=[0])
+    for node in sorted(it.core.recovery.givers if it.core.recovery is not None else ()):
+        it.feed(r.Offer(it.core.epoch, node, {}, {}, {}, arrived=True))
+    assert it.core.phase is Phase.STARTING
+    (begun,) = it.events("shrunk")
+    assert (begun["width"] < 4, begun["iteration"]) == (fewer, 201 if memory else 200)
+    why = "/durable/x cannot be read: no manifest"
+    if fewer:
+        assert it.told(r.ResumeAt)[-1] == r.ResumeAt(200, name)
+        it.feed(r.FetchFailed(it.core.epoch, it.active[0], 0, -1, 200, why))
+        assert it.told(r.ResumeAt)[-1].generation == 100
+    else:
+        assert it.told(r.LoadShards)[-1].name == name
+        it.feed(r.ShardsLoaded(it.active[0], name, why, it.core.epoch))
+        assert it.told(r.LoadShards)[-1].generation == 100
+    assert it.finish is None
+
+
 def test_what_is_durable_of_another_width_is_shown_and_said() -> None:
     it = job(durable=DURABLE)
     it.commit(100)

@@ -172,14 +172,14 @@ class Durability:
     def base(self) -> tuple[int, str] | None:
         """What another number of replicas can begin with: the generation, and its name in the durable directory.
 
-        What is in memory has no name, and comes first. None where there is none, or it is not certain which durable one
-        is the newest, and where the job is to leave.
+        What is in memory has no name, and comes first; then what may be durable, of which who reads it finds out. None
+        where there is none, and where the job is to leave.
         """
         if self._preempted is not None:
             return None
         if self.memory is not None:
             return self.memory.base.generation, ""
-        return None if self._unsure else next(iter([*self._complete, *self._recut]), None)
+        return next(iter([*self._unsure, *self._complete, *self._recut]), None)
 
     @property
     def only_recut(self) -> bool:
@@ -210,6 +210,8 @@ class Durability:
         """The start begins anew from `base`; ``resized``: with another number of ranks."""
         if resized:
             self._recut, self._complete, self._unsure = [*self._unsure, *self._complete, *self._recut], [], []
+        elif self.memory is None:
+            self._complete, self._unsure = [*self._unsure, *self._complete], []
         self._attempt, self._kept, self._first, self._resumes_at = None, None, None, None
         self._loading = None  # nobody answers for the start that is over
         self._retry = self._retry and self.memory is not None
