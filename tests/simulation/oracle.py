@@ -109,11 +109,13 @@ class _Era:
     Attributes:
         epoch: since when.
         first: the generation that it began with.
+        name: of that in the durable directory; empty: it was in memory.
         values: by generation from that one on, by rank.
     """
 
     epoch: int
     first: int
+    name: str
     values: list[list[int]]
 
     @property
@@ -143,7 +145,7 @@ class Oracle:
     def __init__(self, cluster: Run) -> None:
         self._cluster = cluster
         world_size = cluster.job.world_size
-        self._eras = [_Era(0, 0, [[rank * 7919 + 1 for rank in range(world_size)]])]
+        self._eras = [_Era(0, 0, "", [[rank * 7919 + 1 for rank in range(world_size)]])]
         self.hurt: dict[int, str] = {}
         self._rows: dict[int, int] = {}  # by word
         self.directory = DirectoryOracle(cluster)
@@ -207,7 +209,7 @@ class Oracle:
         core = self._cluster.hq.core
         resized, durability = core.members.resized, core._durability
         fresh = durability.only_recut and core.committed < 0
-        other = fresh and durability.base[0] != self._eras[-1].first  # what it began with was damaged
+        other = fresh and durability.base != (self._eras[-1].first, self._eras[-1].name)  # that was damaged, or is gone
         return max(resized, core._start.epoch) if resized > self._eras[-1].epoch or (resized and other) else 0
 
     def _narrower(self, epoch: int) -> None:
@@ -221,7 +223,7 @@ class Oracle:
             written = msgspec.json.decode(self._cluster.directory.data[f"{base[1]}/{MANIFEST}"])["epoch"]
         before = next(era for era in reversed(self._eras) if era.epoch <= written).at(base[0])
         values = [self.recut(before, rank, len(core.assignment)) for rank in range(len(core.assignment))]
-        self._eras.append(_Era(epoch, base[0], [values]))
+        self._eras.append(_Era(epoch, *base, [values]))
         newest = self.safe or self._base
         self._base = newest if memory is not None and newest is not None and newest.generation == base[0] else None
         self.committed, self.iteration, self.safe = -1, base[0] - 1, None
