@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import shutil
 import subprocess
@@ -112,18 +114,36 @@ class Shrinking:
         return [event["replicas"] for event in self.job.events("iteration")]
 
     def _alike(self, number: int, nodes: int, store: Path | None, end: int | None) -> tuple[Job, Path]:
-        """A job of that many nodes, from what is in ``store``, and where its generation ``end`` is durable then."""
-        ours = self._jobs.directory / f"{self._name}-store-{number}"
-        ours.mkdir()
-        for each in store.glob("*/") if store is not None else ():
-            shutil.copytree(each, ours / each.name)
-        more = ["--deadpool-durable-dir", str(ours), "--deadpool-durable-interval", str(end or 1000)]
-        more += ["--deadpool-resume", "auto"] if store is not None else []
-        job = self._start(f"{self._name}-{number}", nodes, *more)
-        if end is None:
-            job.hold(None)
-            return job.finished(300), ours
-        job.hold(end + 1)
-        job.until("its generation", lambda: end in {event["iteration"] for event in job.events("durable")})
-        job.kill_everything()
+        """A job of that many nodes, from what is in ``store``, and where its generation ``end`` is durable then.
+
+        A generation is skipped where the one before it is not committed in time, on a busy machine: then another job.
+        """
+        for attempt in itertools.count():
+            name = f"{number}" + f"-{attempt}" * bool(attempt)
+            ours = self._jobs.directory / f"{self._name}-store-{name}"
+            ours.mkdir()
+            for each in store.glob("*/") if store is not None else ():
+                shutil.copytree(each, ours / each.name)
+            more = ["--deadpool-durable-dir", str(ours), "--deadpool-durable-interval", str(end or 1000)]
+            more += ["--deadpool-resume", "auto"] if store is not None else []
+            job = self._start(f"{self._name}-{name}", nodes, *more)
+            if end is None:
+                job.hold(None)
+                return job.finished(300), ours
+            job.hold(end + 1)
+            job.until("its generation", functools.partial(_is_durable_or_skipped, job, end))
+            job.kill_everything()
+            if _is_durable(job, end):
+                break
         return job, ours
+
+
+def _is_durable(job: Job, generation: int) -> bool:
+    return generation in {event["iteration"] for event in job.events("durable")}
+
+
+def _is_durable_or_skipped(job: Job, generation: int) -> bool:
+    """Some generation was skipped, perhaps that one, and all iterations up to it are over."""
+    iterations = job.events("iteration")
+    over = bool(iterations) and iterations[-1]["iteration"] >= generation
+    return _is_durable(job, generation) or (over and iterations[-1]["skipped_generations"] > 0)
