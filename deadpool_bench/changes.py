@@ -75,7 +75,7 @@ def shrink_and_growth(options: argparse.Namespace, base: Path, name: str) -> lis
     script = [options.script, *options.arguments, *SHRINKING]
     with Job(base / name, launch_options(options, 0), script) as job:
         rows = job.until("iterations", partial(_steady, job, 0), START_S)
-        job.until("warm servers", partial(_warm, job), START_S)
+        job.until("warm servers", partial(warm, job), START_S)
         time.sleep(rng.uniform(0.0, statistics.median(e["seconds"] for e in rows)))
         kill = lose(job, rng)
         rows = job.until("iterations with fewer replicas", partial(_steady, job, rows[-1]["replicas"]), RECOVER_S)
@@ -86,9 +86,10 @@ def shrink_and_growth(options: argparse.Namespace, base: Path, name: str) -> lis
     return found
 
 
-def _warm(job: Job) -> bool:
-    """All nodes have what they keep beside training: it is made once, in the first seconds of a job."""
-    logs = [job.run_dir / "logs" / f"node-{each['node']}.jsonl" for each in job.status()["nodes"]]
+def warm(job: Job) -> bool:
+    """All nodes that live have the warm server that each makes in its first seconds; forked jobs have none."""
+    nodes = [each["node"] for each in job.status()["nodes"] if each["role"] in ("active", "spare")]
+    logs = [job.run_dir / "logs" / f"node-{node}.jsonl" for node in nodes]
     return FORK_SERVER in os.environ or all('"warm_server"' in log.read_text() for log in logs)
 
 

@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from deadpool_bench.changes import SHRINKING, changes, lose, show_changes
+from deadpool_bench.changes import SHRINKING, changes, lose, show_changes, warm
 from deadpool_bench.harness.fork_server import forked
 from deadpool_bench.harness.jobs import Job
 from deadpool_bench.kills import START_S, launch_options
@@ -164,6 +165,7 @@ def _measure(options: argparse.Namespace, cores: Sequence[set[int]], found: dict
             for cycle in range(options.cycles):
                 for name in ("full", "narrow"):
                     if cycle or name == "narrow":
+                        job.until("warm servers", partial(warm, job), START_S)
                         job.join() if name == "full" else kills.append(lose(job, rng))
                     found[name].append(blocks.next())
                     say(f"{blocks.width} replicas: mean {statistics.mean(found[name][-1]):.3f} s an iteration")
