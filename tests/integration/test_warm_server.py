@@ -114,10 +114,24 @@ def test_what_it_forks_is_a_worker_of_the_agent_like_one_that_it_starts(
     assert third is not None and third.wait() == 7
     assert [each["rank"] for each in agent.told()] == ["3", "4", "5"]
 
-    # It ends: that is told once, and workers are started as ever.
-    server._process.kill()
-    assert agent.settled() == "it has ended"
-    assert not server.look() and agent.fork(RANK="0") is None and not server.ready
+    # It hangs: it is ended, and workers are started as ever.
+    server._process.send_signal(signal.SIGSTOP)
+    assert agent.fork(RANK="0") is None and not server.ready
+    assert server.why_not == "it was asked for a worker: timed out" and server._process.returncode == -signal.SIGKILL
+    assert agent.fork(RANK="0") is None and not server.look()
+
+
+def test_one_that_ends_or_cannot_be_started_is_told_of_once(tmp_path: Path) -> None:
+    for command, why in (
+        ([sys.executable, "-c", ""], "it has ended"),
+        (["/is/not/there"], "it could not be started: [Errno 2] No such file or directory: '/is/not/there'"),
+    ):
+        server = WarmServer(command)
+        with open(tmp_path / "server.log", "wb") as out:
+            server.begin(os.environ, out)
+        until(lambda server=server: server.look() or server.why_not)
+        assert server.why_not == why and server.begun and not server.ready and not server.look()
+        server.close()
 
 
 def test_it_forks_nothing_where_an_import_has_started_a_thread(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -147,6 +147,8 @@ class Agent:
             if self._warm_server != (now := self._processes.warm_server):
                 self._warm_server = now
                 self._watch.warm_server(*now)
+                if now[1]:
+                    print(f"deadpool: node {self._s.node}: fresh workers make their imports: {now[1]}", file=sys.stderr)
             if self._crew.standbys.asked and self._crew.standbys.pids() != self._standbys:
                 self._tell_standbys()
         if self._lookout is not None and (why := self._lookout.look(connected)):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -96,25 +95,30 @@ class WarmServer:
     def begin(self, environment: Mapping[str, str], out: BinaryIO) -> None:
         """Start it. ``environment``: as of a worker that has no slot yet."""
         self.begun = True
-        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_PACKET)
-        with theirs, notices.held():
-            self._process = subprocess.Popen(
-                self._command,
-                env={**environment, PARENT_PID: str(os.getpid()), ORDERS_FD: str(theirs.fileno())},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+        try:
+            self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_PACKET)
+            with theirs, notices.held():
+                self._process = subprocess.Popen(
+                    self._command,
+                    env={**environment, PARENT_PID: str(os.getpid()), ORDERS_FD: str(theirs.fileno())},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+        except OSError as err:
+            self._give_up(f"it could not be started: {err}")
 
     def look(self) -> bool:
         """Call often. Whether something has become of it since: it is ready, or there is a reason why it is not."""
-        if self._orders is None or self.why_not or not select.select([self._orders], [], [], 0)[0]:
+        if self._orders is None or self.why_not:
             return False
         try:
-            packet = self._orders.recv(MAX_PACKET)
+            packet = self._orders.recv(MAX_PACKET, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except OSError:
             packet = b""
         if packet == READY:
@@ -130,21 +134,20 @@ class WarmServer:
         if not self.ready or self._orders is None:
             return None
         request = msgspec.json.encode(ForkRequest(dict(environment), list(descriptors)))
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with ours, theirs, _subreaper():
                 fds = [theirs.fileno(), out.fileno(), *descriptors.values()]
                 socket.send_fds(self._orders, [request], fds, socket.MSG_DONTWAIT)
                 theirs.close()
                 # The child is this process's own when it answers. One whose answer nobody waits for any more ends.
-                packet = ours.recv(32) if select.select([ours], [], [], _ANSWER_S)[0] else b""
-                if packet:
+                ours.settimeout(_ANSWER_S)
+                if packet := ours.recv(32):
                     ours.send(b"go on")
                     return ForkedProcess(int(packet))
+            self._give_up("it was asked for a worker, which ended at once")
         except OSError as err:
-            self._give_up(f"it could not be asked for a worker: {err}")
-        else:
-            self._give_up("it was asked for a worker and did not answer")
+            self._give_up(f"it was asked for a worker: {err}")
         return None
 
     def close(self) -> None:

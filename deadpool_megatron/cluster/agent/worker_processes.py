@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -136,8 +135,7 @@ class WorkerProcesses:
         if calm and not warm.begun:
             with output(self._log_dir / f"warm-node{self._s.node}.log") as out, self._pinning.unpinned():
                 warm.begin({**self._s.environment, **self.of_job(None)}, out)
-        if warm.look() and warm.why_not:
-            print(f"deadpool: node {self._s.node}: fresh workers make their imports: {warm.why_not}", file=sys.stderr)
+        warm.look()
         return warm.ready or bool(warm.why_not)
 
     @property
