@@ -90,7 +90,7 @@ def warm(job: Job) -> bool:
     """All nodes that live have the warm server that each makes in its first seconds; forked jobs have none."""
     nodes = [each["node"] for each in job.status()["nodes"] if each["role"] in ("active", "spare")]
     logs = [job.run_dir / "logs" / f"node-{node}.jsonl" for node in nodes]
-    return FORK_SERVER in os.environ or all('"warm_server"' in log.read_text() for log in logs)
+    return FORK_SERVER in os.environ or all(log.exists() and '"warm_server"' in log.read_text() for log in logs)
 
 
 def lose(job: Job, rng: random.Random) -> float:

@@ -71,8 +71,8 @@ class DeadpoolConfig:
     )
     warm_server: str = _setting(
         "auto",
-        "a process of each node that has made the imports of workers, and forks fresh ones; auto: with "
-        "--deadpool-when-out-of-spares shrink and with --deadpool-standby-workers",
+        "a process of each node that has made the imports of workers, and forks fresh ones; auto: where the job may go "
+        "on with fewer replicas (shrink), and where processes stand by for workers",
         ("auto", "always", "never"),
     )
     spare_check: float = _setting(
