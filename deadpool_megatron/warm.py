@@ -39,6 +39,7 @@ def serve(orders: socket.socket, script: str) -> None:
     notices.ignored()
     if os.getppid() != agent:
         sys.exit(0)
+    before = dict(os.environ)
     try:
         _import_all(script)
         why_not = _why_not()
@@ -51,6 +52,9 @@ def serve(orders: socket.socket, script: str) -> None:
 
     gc.collect()
     gc.freeze()  # a collection in a child would write to, and so copy, every page with objects
+    sys.stdout.flush()  # else each child would print once more what imports have printed
+    sys.stderr.flush()
+    changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
     orders.send(READY)
     while True:
         packet, fds, _, _ = socket.recv_fds(orders, MAX_PACKET, _MOST_DESCRIPTORS)
@@ -63,7 +67,11 @@ def serve(orders: socket.socket, script: str) -> None:
             if os.fork():
                 os._exit(0)
             orders.close()
-            _become(msgspec.json.decode(packet, type=ForkRequest), fds, {here, middle}, agent)
+            request = msgspec.json.decode(packet, type=ForkRequest)
+            _become(request, fds, {here, middle}, agent)
+            for name, value in changed.items():  # by imports, which the child does not make again
+                if request.environment.get(name) == before.get(name):
+                    os.environ[name] = value
             return
         for fd in fds:
             os.close(fd)
@@ -97,16 +105,16 @@ def _become(request: ForkRequest, fds: list[int], before: set[int], agent: int) 
 
 
 def _import_all(script: str) -> None:
-    """What a worker imports: our own, the script's, and what those that train have imported by now."""
+    """Our own packages, and of Megatron, torch and their kernels what the script and those that train have imported."""
     from torch.distributed import TCPStore
 
     import deadpool_megatron.comm
     import deadpool_megatron.config
     import deadpool_megatron.recovery  # noqa: F401
     from deadpool_megatron.hosts import host_of
-    from deadpool_megatron.megatron import import_script, import_what_trains
+    from deadpool_megatron.megatron import import_packages, import_what_trains
 
-    import_script(script)
+    import_packages(script)
     host_of(script).warm_up()
     with suppress(RuntimeError):  # the server is away: then children import the rest
         here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

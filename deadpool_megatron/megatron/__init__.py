@@ -9,11 +9,11 @@ from deadpool_megatron.megatron.standby import (
     RunningJob,
     WarmUp,
     follow_job,
-    import_script,
+    import_packages,
     import_what_trains,
     numa_node,
     warm_up,
 )
 
 __all__ = ["Hooks", "RunningJob", "SelfChecks", "Unequal", "UserError", "WarmUp", "arm", "follow_job", "numa_node"]
-__all__ += ["import_script", "import_what_trains", "warm_up"]
+__all__ += ["import_packages", "import_what_trains", "warm_up"]

@@ -199,8 +199,18 @@ def follow_job(store: Callable[[], Store], learn: Callable[[RunningJob], None]) 
     return thread
 
 
+def import_packages(script: str) -> None:
+    """Import what the script imports at its top level of Megatron, torch and their kernels. Of its user's modules
+    nothing: they may keep names that the hooks replace, or read what the environment says of a coordinate."""
+    for name in _imports_of(script):
+        if name.split(".")[0] in _PACKAGES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
 def import_what_trains(store: Store) -> None:
-    """Import what workers that train have imported. Raises RuntimeError when the store does not tell in its time."""
+    """Import what workers that train have imported of these packages. Raises RuntimeError when the store does not tell
+    in its time."""
     _import_modules(_running_job(store, store.timeout))
 
 

@@ -24,11 +24,13 @@ from waiting import until
 SCRIPT = """
 import json, os, random, sys
 import numpy
-{imports}
+import apex
+import users
 if __name__ == "__main__":
     told = dict(
         pid=os.getpid(), parent=os.getppid(), session=os.getsid(0), rank=os.environ.get("RANK"),
-        other=os.environ.get("OTHER"), drawn=[random.random(), numpy.random.random()], argv=sys.argv[1:],
+        other=os.environ.get("OTHER"),
+        asked=os.environ.get("ASKED"), users=users.RANK, drawn=[random.random(), numpy.random.random()], argv=sys.argv[1:],
         imported="torch" in sys.modules, pipe=os.read(int(os.environ["PIPE"]), 16).decode(),
     )
     print(json.dumps(told), flush=True)
@@ -55,9 +57,12 @@ def environment() -> Iterator[dict[str, str]]:
 class _Agent:
     """What an agent does with its warm server."""
 
-    def __init__(self, directory: Path, environment: dict[str, str], imports: str = "") -> None:
+    def __init__(self, directory: Path, environment: dict[str, str], package: str) -> None:
+        """``package``: what is in one of those that it imports."""
         self.script = directory / "script.py"
-        self.script.write_text(SCRIPT.format(imports=imports))
+        self.script.write_text(SCRIPT)
+        (directory / "apex.py").write_text(package)
+        (directory / "users.py").write_text("import os\nRANK = os.environ['RANK']\n")
         self.environment = environment
         self.log = directory / "log"
         self.server = WarmServer([sys.executable, "-m", "deadpool_megatron.worker", str(self.script), "--flag"])
@@ -89,7 +94,7 @@ class _Agent:
 def test_what_it_forks_is_a_worker_of_the_agent_like_one_that_it_starts(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    agent = _Agent(tmp_path, environment)
+    agent = _Agent(tmp_path, environment, "import os; os.environ['ASKED'] = os.environ['OTHER'] = 'by an import'\n")
     server = agent.server
     assert agent.settled() == "" and server.ready
     first, second = agent.fork(RANK="3"), agent.fork(RANK="4", END="killed")
@@ -99,7 +104,8 @@ def test_what_it_forks_is_a_worker_of_the_agent_like_one_that_it_starts(
     assert [each["pid"] for each in told] == [first.pid, second.pid] == [each["session"] for each in told]
     assert [each["parent"] for each in told] == [os.getpid()] * 2
     for each in told:
-        assert each["other"] is None and each["argv"] == ["--flag"] and each["imported"] and each["pipe"] == "a word"
+        assert each["other"] is None and each["asked"] == "by an import" and each["users"] == each["rank"]
+        assert each["argv"] == ["--flag"] and each["imported"] and each["pipe"] == "a word"
     drawn = [number for each in told for number in each["drawn"]]
     assert len(set(drawn)) == len(drawn), "no two processes draw the same numbers"
 
@@ -117,8 +123,9 @@ def test_what_it_forks_is_a_worker_of_the_agent_like_one_that_it_starts(
     # It hangs: it is ended, and workers are started as ever.
     server._process.send_signal(signal.SIGSTOP)
     assert agent.fork(RANK="0") is None and not server.ready
-    assert server.why_not == "it was asked for a worker: timed out" and server._process.returncode == -signal.SIGKILL
+    assert server.why_not == "it was asked for a worker: timed out"
     assert agent.fork(RANK="0") is None and not server.look()
+    until(lambda: not server.look() and server._process and server._process.returncode == -signal.SIGKILL)
 
 
 def test_one_that_ends_or_cannot_be_started_is_told_of_once(tmp_path: Path) -> None:
@@ -135,11 +142,12 @@ def test_one_that_ends_or_cannot_be_started_is_told_of_once(tmp_path: Path) -> N
 
 
 def test_it_forks_nothing_where_an_import_has_started_a_thread(tmp_path: Path, environment: dict[str, str]) -> None:
-    (tmp_path / "starts_a_thread.py").write_text(
+    agent = _Agent(
+        tmp_path,
+        environment,
         "import threading, time\n"
-        "threading.Thread(target=time.sleep, args=(600,), name='its own', daemon=True).start()\n"
+        "threading.Thread(target=time.sleep, args=(600,), name='its own', daemon=True).start()\n",
     )
-    agent = _Agent(tmp_path, environment, "import starts_a_thread")
     try:
         assert agent.settled() == "what is imported has started 1 threads (its own)"
         assert agent.fork(RANK="0") is None
@@ -148,8 +156,7 @@ def test_it_forks_nothing_where_an_import_has_started_a_thread(tmp_path: Path, e
 
 
 def test_it_says_what_an_import_raises(tmp_path: Path, environment: dict[str, str]) -> None:
-    (tmp_path / "raises.py").write_text("raise ValueError('not without a rank')\n")
-    agent = _Agent(tmp_path, environment, "import raises")
+    agent = _Agent(tmp_path, environment, "raise ValueError('not without a rank')\n")
     try:
         assert agent.settled().endswith("script.py imports: ValueError: not without a rank")
     finally:

@@ -97,7 +97,8 @@ class Crew:
         for local, worker in list(self.workers.items()):
             rank = self._job.ranks.get(local)
             idle = worker.parked and worker.rank is None and not worker.retired and not worker.exited
-            if idle and rank is not None and not self._processes.adopted(local):
+            can = not self._processes.adopted(local) and not self._waits_for_room(local)
+            if idle and can and rank is not None:
                 worker.rank, worker.parked = rank, False
                 self._processes.link_log(worker, rank)
                 out.append((worker, self._processes.of_job(rank)))

@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, Final
@@ -34,6 +35,8 @@ from deadpool_megatron.cluster.agent.workers import ORDERS_FD, PARENT_PID
 READY: Final = b"ready"
 MAX_PACKET: Final = 1 << 20
 _ANSWER_S: Final = 2.0
+_IMPORTS_S: Final = 600.0
+_ENDS_S: Final = 5.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 
@@ -89,12 +92,13 @@ class WarmServer:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._orders: socket.socket | None = None
+        self._begun_at = 0.0
         self.begun = self.ready = False
         self.why_not = ""
 
     def begin(self, environment: Mapping[str, str], out: BinaryIO) -> None:
         """Start it. ``environment``: as of a worker that has no slot yet."""
-        self.begun = True
+        self.begun, self._begun_at = True, time.monotonic()
         try:
             self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_PACKET)
@@ -114,11 +118,16 @@ class WarmServer:
     def look(self) -> bool:
         """Call often. Whether something has become of it since: it is ready, or there is a reason why it is not."""
         if self._orders is None or self.why_not:
+            if self._process is not None:
+                self._process.poll()
             return False
         try:
             packet = self._orders.recv(MAX_PACKET, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return False
+            if self.ready or time.monotonic() < self._begun_at + _IMPORTS_S:
+                return False
+            self._give_up(f"its imports have taken longer than {_IMPORTS_S:g} s")
+            return True
         except OSError:
             packet = b""
         if packet == READY:
@@ -152,16 +161,21 @@ class WarmServer:
 
     def close(self) -> None:
         """End it. Its children are the agent's."""
-        if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        if self._orders is not None:
-            self._orders.close()
+        self._end()
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):  # on a file system that hangs
+                self._process.wait(_ENDS_S)
 
     def _give_up(self, why: str) -> None:
         self.ready, self.why_not = False, why
-        self.close()
+        self._end()
+
+    def _end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        if self._orders is not None:
+            self._orders.close()
 
 
 @contextmanager
