@@ -30,8 +30,8 @@ if __name__ == "__main__":
     told = dict(
         pid=os.getpid(), parent=os.getppid(), session=os.getsid(0), rank=os.environ.get("RANK"),
         other=os.environ.get("OTHER"),
-        asked=os.environ.get("ASKED"), users=users.RANK, drawn=[random.random(), numpy.random.random()], argv=sys.argv[1:],
-        imported="torch" in sys.modules, pipe=os.read(int(os.environ["PIPE"]), 16).decode(),
+        asked=os.environ.get("ASKED"), users=users.RANK, drawn=[random.random(), numpy.random.random()],
+        argv=sys.argv[1:], imported="torch" in sys.modules, pipe=os.read(int(os.environ["PIPE"]), 16).decode(),
     )
     print(json.dumps(told), flush=True)
     if "END" in os.environ:
