@@ -6,9 +6,8 @@ device forks nothing, and says why.
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import os
-import signal
 import socket
 import sys
 import threading
@@ -21,9 +20,8 @@ import msgspec
 
 from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster.agent.warm_server import MAX_PACKET, READY, ForkRequest
-from deadpool_megatron.cluster.agent.workers import PARENT_PID
+from deadpool_megatron.cluster.agent.workers import ORDERS_FD, PARENT_PID
 
-_PR_SET_PDEATHSIG: Final = 1
 _MOST_DESCRIPTORS: Final = 16
 _TOLD_S: Final = 30.0  # a job that trains tells at once what its workers have imported
 _LOOK_S: Final = 0.0005
@@ -35,10 +33,7 @@ def serve(orders: socket.socket, script: str) -> None:
     The child has the environment, the output and the descriptors that it was asked for with.
     """
     agent = int(os.environ[PARENT_PID])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     notices.ignored()
-    if os.getppid() != agent:
-        sys.exit(0)
     before = dict(os.environ)
     try:
         _import_all(script)
@@ -48,8 +43,6 @@ def serve(orders: socket.socket, script: str) -> None:
     if why_not:
         orders.send(why_not.encode()[:1000])
         sys.exit(0)
-    import gc
-
     gc.collect()
     gc.freeze()  # a collection in a child would write to, and so copy, every page with objects
     sys.stdout.flush()  # else each child would print once more what imports have printed
@@ -138,7 +131,7 @@ def _why_not() -> str:
     return ""
 
 
-def orders_of(variable: str) -> socket.socket | None:
+def take_orders() -> socket.socket | None:
     """The socket of orders, where this process is to be a warm server."""
-    fd = os.environ.pop(variable, None)
+    fd = os.environ.pop(ORDERS_FD, None)
     return None if fd is None else socket.socket(fileno=int(fd))

@@ -36,7 +36,6 @@ from deadpool_megatron.cluster.agent.workers import (
     DOORBELL_FD,
     EMULATE,
     EPOCH,
-    ORDERS_FD,
     PARENT_PID,
     REHEARSES,
     STACKS_FILE,
@@ -45,7 +44,7 @@ from deadpool_megatron.cluster.agent.workers import (
 )
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.output import never_fails
-from deadpool_megatron.warm import orders_of, serve
+from deadpool_megatron.warm import serve, take_orders
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
@@ -72,9 +71,13 @@ def _die_with_agent() -> None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     os.register_at_fork(before=before_fork, after_in_child=in_child)
-    if ADOPTED in os.environ:
-        return
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if ADOPTED not in os.environ:
+        _end_with_agent()
+
+
+def _end_with_agent() -> None:
+    """This process alone: what it forks does not."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT_PID]):
         sys.exit(81)
 
@@ -101,10 +104,10 @@ def _rendezvous_under(epoch: int) -> None:
 
     Torch has a new store for each start, and so no prefix of its own (`rendezvous._create_c10d_store`).
     """
-    from torch.distributed import PrefixStore, Store
-
     if not epoch:
         return
+    from torch.distributed import PrefixStore, Store
+
     rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package has a function of that name
     create: Callable[..., Store] = rendezvous._create_c10d_store
 
@@ -269,9 +272,8 @@ def _begin() -> None:
 
 
 def main() -> int:
-    orders = orders_of(ORDERS_FD)
-    if orders is None:
-        _begin()
+    orders = take_orders()
+    _begin() if orders is None else _end_with_agent()
     module = sys.argv.pop(2) if sys.argv[1] == "-m" else ""
     script, arguments = sys.argv[1], sys.argv[2:]
     # As `python script` has it, and from now on: a checkout's megatron comes before an installed one.

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,7 +35,7 @@ _LOOK_S, _AGAIN_S = 5.0, 1.0  # between looks whether it is still there; until a
 
 def warm_up(script: str, host: Host) -> None:
     """Import what the script imports, bring up the device, and run once what is slow the first time."""
-    import_script(script)
+    _import_all(script)
     _bring_up(host)
 
 
@@ -57,7 +57,7 @@ class WarmUp:
     def begin(self) -> None:
         """All that may be warm at once."""
         with self._one_at_a_time:
-            import_script(self._script)
+            _import_all(self._script)
             if not self._host.brings_environment:
                 _bring_up(self._host, self._device)
 
@@ -77,9 +77,12 @@ class WarmUp:
             self._taking_over = True
 
 
-def import_script(script: str) -> None:
-    """Import what it imports at its top level, where that is there."""
-    for name in _imports_of(script):
+def _import_all(script: str) -> None:
+    _import_each(_imports_of(script))
+
+
+def _import_each(names: Iterable[str]) -> None:
+    for name in names:
         with contextlib.suppress(ImportError):  # the script may import it only under a condition
             importlib.import_module(name)
 
@@ -148,8 +151,11 @@ def _for_all_to_read(job: RunningJob) -> RunningJob:
         for name, value in job.environment.items()
         if name.startswith(_DEVICE) and not any(word in name for word in _SECRET)
     }
-    modules = [name for name in job.modules if name.split(".")[0] in _PACKAGES]
-    return msgspec.structs.replace(job, environment=environment, modules=modules)
+    return msgspec.structs.replace(job, environment=environment, modules=list(filter(_is_packages, job.modules)))
+
+
+def _is_packages(module: str) -> bool:
+    return module.split(".")[0] in _PACKAGES
 
 
 def _imported() -> list[str]:
@@ -202,10 +208,7 @@ def follow_job(store: Callable[[], Store], learn: Callable[[RunningJob], None]) 
 def import_packages(script: str) -> None:
     """Import what the script imports at its top level of Megatron, torch and their kernels. Of its user's modules
     nothing: they may keep names that the hooks replace, or read what the environment says of a coordinate."""
-    for name in _imports_of(script):
-        if name.split(".")[0] in _PACKAGES:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+    _import_each(filter(_is_packages, _imports_of(script)))
 
 
 def import_what_trains(store: Store) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from deadpool_bench.changes import warm
 from flags import tiny_gpt, with_value
 from jobs import Jobs, launch_flags
 from shrinking import Shrinking
@@ -35,8 +36,7 @@ def test_a_replica_comes_back_with_a_node_and_training_goes_on_bitwise_as_one_of
     """Without an import: who survives is forked by the warm server of its node, who joins has made them as a spare."""
     it = Shrinking(jobs, "wider", [*with_value(tiny_gpt(iters=12), "--num-layers", 2), *SMALL], 2, real=True)
     it.job.hold(1)
-    logs = [it.job.run_dir / "logs" / f"node-{node}.jsonl" for node in range(2)]
-    it.job.until("warm servers", lambda: all(log.exists() and '"warm_server"' in log.read_text() for log in logs))
+    it.job.until("warm servers", lambda: warm(it.job))
     it.lose_node_1()
     it.job.until_event("shrunk")
     it.join()

@@ -148,7 +148,7 @@ def test_a_spare_reads_no_weights_before_its_shard_comes(state: _State) -> None:
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a spare has done: what it has imported and, with the variables it had then, when its device came up."""
     done: list[str] = []
-    monkeypatch.setattr(standby, "import_script", lambda script: done.append(f"imports {script}"))
+    monkeypatch.setattr(standby, "_import_all", lambda script: done.append(f"imports {script}"))
     monkeypatch.setattr(standby, "_bring_up", lambda host, whole: done.append(f"device {os.environ.get('TEST_LIMIT')}"))
     monkeypatch.setenv("TEST_LIMIT", "")  # and taken back at the end
     monkeypatch.delenv("TEST_LIMIT")

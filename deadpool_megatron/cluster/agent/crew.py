@@ -94,11 +94,11 @@ class Crew:
         """
         self._end(each for each in self.beside if each.local in self._job.ranks or each.standby)
         out: list[tuple[Worker, dict[str, str]]] = []
+        idle = self.idle()
         for local, worker in list(self.workers.items()):
             rank = self._job.ranks.get(local)
-            idle = worker.parked and worker.rank is None and not worker.retired and not worker.exited
             can = not self._processes.adopted(local) and not self._waits_for_room(local)
-            if idle and can and rank is not None:
+            if worker in idle and can and rank is not None:
                 worker.rank, worker.parked = rank, False
                 self._processes.link_log(worker, rank)
                 out.append((worker, self._processes.of_job(rank)))
