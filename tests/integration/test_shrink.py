@@ -26,6 +26,7 @@ def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jo
     job = it.job
     it.lose_node_1()
     job.until_event("shrunk")
+    job.until("the new start to train", lambda: job.events("training")[-1]["width"] == 2)
     job.arm((0, 5, 2))  # in the workers that the new start has begun with
     job.finished(300)
     assert [(e["width"], e["was"], e["nodes"]) for e in it.compare()] == [(2, 3, [0, 2]), (1, 2, [2])]
@@ -36,6 +37,7 @@ def test_a_replica_comes_back_with_a_node_and_training_goes_on_bitwise_as_one_of
     """Without an import: who survives is forked by the warm server of its node, who joins has made them as a spare."""
     it = Shrinking(jobs, "wider", [*with_value(tiny_gpt(iters=12), "--num-layers", 2), *SMALL], 2, real=True)
     it.job.hold(1)
+    it.job.until_event("training")
     it.job.until("warm servers", lambda: warm(it.job))
     it.lose_node_1()
     it.job.until_event("shrunk")
